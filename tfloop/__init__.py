@@ -1,0 +1,1 @@
+"""tfloop: a training loop for TensorFlow and Keras."""
