@@ -1,0 +1,16 @@
+"""Settings of the test run, made before TensorFlow is imported.
+
+This file imports neither TensorFlow nor Keras: the import rule is tested in a second.
+"""
+
+import os
+
+import hypothesis
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+# The first example of a property traces a graph: a deadline would fail it for being first.
+hypothesis.settings.register_profile("tfloop", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("tfloop")
