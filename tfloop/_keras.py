@@ -3,6 +3,11 @@
 Read in keras 3.15.1 and TensorFlow 2.21. `tests/test_keras_internals.py` notices when one of them changes.
 """
 
+import contextlib
+import functools
+import threading
+
+import keras
 from keras.src.models.functional import Functional  # noqa: F401  the class behind keras.Model(inputs, outputs)
 
 # Attributes in which Keras keeps its own books: they hold layers, but name none of them.
@@ -36,3 +41,65 @@ def is_bookkeeping(attribute):
 def tracked_layers(layer):
     """The sublayers that Keras tracks for a layer. `Model.layers` is public, `Layer`'s list is not."""
     return list(getattr(layer, "_layers", ()))
+
+
+_lock = threading.RLock()
+_patches = {}
+
+
+@contextlib.contextmanager
+def patched(owner, name, wrap):
+    """Replaces `owner.name` by `wrap(original)` for as long as anyone, in any thread, is in the block."""
+    key = (owner, name)
+    with _lock:
+        count, original = _patches.get(key, (0, None))
+        if count == 0:
+            original = vars(owner).get(name, _INHERITED)
+            setattr(owner, name, wrap(getattr(owner, name)))
+        _patches[key] = (count + 1, original)
+    try:
+        yield
+    finally:
+        with _lock:
+            count, original = _patches[key]
+            if count > 1:
+                _patches[key] = (count - 1, original)
+            else:
+                del _patches[key]
+                if original is _INHERITED:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, original)
+
+
+_INHERITED = object()
+
+
+@contextlib.contextmanager
+def observing_calls(observers):
+    """Lets `observers()` (those of the calling thread) see each layer and operation that is called.
+
+    `keras.Operation.__call__` is where every call of a layer, a model or an operation of a functional graph
+    ends up with its converted arguments. There is no public hook; it is wrapped only while someone looks.
+    """
+
+    def wrap(original):
+        @functools.wraps(original)
+        def call(operation, *args, **kwargs):
+            seeing = observers()
+            for observer in seeing:
+                observer.enter(operation)
+            try:
+                outputs = original(operation, *args, **kwargs)
+            finally:
+                for observer in seeing:
+                    observer.leave(operation)
+            if seeing and not any(isinstance(t, keras.KerasTensor) for t in keras.tree.flatten(outputs)):
+                for observer in seeing:
+                    observer.record(operation, outputs)
+            return outputs
+
+        return call
+
+    with patched(keras.Operation, "__call__", wrap):
+        yield

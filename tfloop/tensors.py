@@ -1,0 +1,262 @@
+"""Tensors: every named tensor of one step, as an immutable mapping.
+
+Losses and metrics see this and nothing else: the batch (`x`, `y`, `sample_weight`), the prediction
+(`y_pred`), each layer's output under its path (`encoder/attention`), what `tag` named, `losses/...`,
+`weights/...`, and after the backward pass `gradients/...` and `updates/...`. Recording costs nothing
+in a graph: a tensor that nobody asks for is pruned with the operations that only it needed.
+"""
+
+import collections.abc
+import contextlib
+import fnmatch
+import threading
+
+import keras
+import tensorflow as tf
+
+from tfloop import _keras, names
+
+NAMESPACES = ("losses/", "weights/", "gradients/", "updates/")
+BATCH = ("x", "y", "sample_weight", "y_pred")
+
+
+class Tensors(collections.abc.Mapping):
+    """An immutable mapping from names to the tensors of a step.
+
+    Values are of whatever shape and dtype the step made them. A wrong name raises `KeyError` with the
+    nearest names, or with the reason why the tensor cannot be had.
+
+    ```python
+    model = keras.Sequential([layers.Dense(3, name="hidden"), layers.Dense(2, name="logits")])
+    with tfloop.capture(model) as tensors:
+        model(np.ones((4, 5)))
+    assert tensors["hidden"].shape == (4, 3)
+    assert list(tensors.select("log*")) == ["logits"]
+    ```
+    """
+
+    def __init__(self, values=(), reasons=None):
+        self._values = dict(values)
+        self._reasons = reasons if reasons is not None else {}
+
+    def __getitem__(self, name):
+        if name in self._values:
+            value = self._values[name]
+            return value() if isinstance(value, Lazy) else value
+        raise KeyError(self._explain(name))
+
+    def __iter__(self):
+        return iter(self._values)
+
+    def __len__(self):
+        return len(self._values)
+
+    def __contains__(self, name):
+        return name in self._values
+
+    def __repr__(self):
+        return f"Tensors({names.listing(self)})"
+
+    def select(self, pattern):
+        """The tensors whose full name matches the `fnmatch` pattern, under their full names."""
+        found = {k: v for k, v in self._values.items() if fnmatch.fnmatchcase(k, pattern)}
+        return type(self)(found, self._reasons)
+
+    def matching(self, pattern):
+        """The names that a watch's pattern means, in order.
+
+        A bare `*` means layer outputs and tags. So does any pattern that begins with a wildcard, unless
+        no such name matches it: then it is looked for in the namespaces (`*/kernel`).
+        """
+        inner = [n for n in self if is_inner(n)]
+        if pattern == "*":
+            return inner
+        if pattern.startswith(("*", "?", "[")):
+            found = fnmatch.filter(inner, pattern)
+            if found:
+                return found
+        return [n for n in self if fnmatch.fnmatchcase(n, pattern)]
+
+    def _explain(self, name):
+        if not isinstance(name, str):
+            return f"Tensors are named by strings, got {name!r}."
+        reasons = sorted(self._reasons.items(), key=lambda item: -len(item[0]))
+        for known, reason in reasons:
+            if name == known or (known.endswith("/") and name.startswith(known)):
+                return f"There is no tensor {name!r} here: {reason}"
+        return f"There is no tensor {name!r} in this step. {names.nearest(name, self)}"
+
+
+class Lazy:
+    """A tensor that is made when someone asks for it, and then kept."""
+
+    def __init__(self, make):
+        self._make = make
+        self._value = None
+
+    def __call__(self):
+        if self._value is None:
+            self._value = self._make()
+        return self._value
+
+
+def is_inner(name):
+    """Whether a name is that of a layer's output or a tag: not the batch, not a namespace."""
+    return not name.startswith(NAMESPACES) and name.split("/")[0] not in BATCH
+
+
+def flatten(name, value):
+    """`(name, leaf)` for every tensor of a structure: `x`, or `x/0`, `x/image`, ..."""
+    if value is None:
+        return
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from flatten(f"{name}/{key}", item)
+    elif isinstance(value, list | tuple):
+        keys = getattr(value, "_fields", range(len(value)))
+        for key, item in zip(keys, value, strict=True):
+            yield from flatten(f"{name}/{key}", item)
+    else:
+        yield name, value
+
+
+def tensors_in(name, value):
+    """As `flatten`, without the leaves that are no tensors."""
+    return [(n, leaf) for n, leaf in flatten(name, value) if hasattr(leaf, "dtype") and hasattr(leaf, "shape")]
+
+
+class Recorder:
+    """Records the outputs of the layers of one model, and tags, while it is active in a thread."""
+
+    def __init__(self, model):
+        self.model = model
+        self._paths = names.layer_names(model)
+        self.values = {}
+        self.reasons = dict.fromkeys(self._paths.values(), "this layer was not called in the step.")
+        self.output = None  # of the model's last call
+        self._calls = {}
+        self._loops = 0
+        self._graph = current_graph()
+
+    def tensors(self):
+        return Tensors(self.values, self.reasons)
+
+    def enter(self, operation):
+        self._loops += is_loop(operation)
+
+    def leave(self, operation):
+        self._loops -= is_loop(operation)
+
+    def record(self, operation, outputs):
+        if operation is self.model:
+            if self._reachable(outputs):
+                self.output = outputs
+            return
+        path = self._path(operation)
+        if path is not None:
+            self._add(path, outputs)
+
+    def tag(self, tensor, name):
+        if name in BATCH or name.startswith(NAMESPACES):
+            raise ValueError(
+                f"tag(tensor, {name!r}): this name is the step's own. The names {names.listing(BATCH)} and those "
+                f"that begin with {names.listing(NAMESPACES)} are taken; choose another."
+            )
+        if name in self._paths.values():
+            raise ValueError(f"tag(tensor, {name!r}): a layer of the model has this name. Choose another.")
+        self._add(name, tensor)
+
+    def _path(self, operation):
+        if id(operation) not in self._paths and isinstance(operation, keras.layers.Layer):
+            self._paths = names.layer_names(self.model)  # the layer may have been made in `build`
+            self._paths.setdefault(id(operation), None)
+        return self._paths.get(id(operation))
+
+    def _add(self, path, outputs):
+        leaves = tensors_in("", outputs)
+        if not self._reachable(outputs):
+            reason = "it was made inside a tf.while_loop, tf.cond, RNN loop or inner function, and cannot leave it."
+            for suffix, _ in leaves:
+                if path + suffix not in self.values:
+                    self.reasons[path + suffix] = reason
+            return
+        calls = self._calls.get(path, 0)
+        self._calls[path] = calls + 1
+        name = f"{path}:{calls}" if calls else path
+        for suffix, leaf in leaves:
+            self.reasons.pop(name + suffix, None)
+            self.values[name + suffix] = leaf
+
+    def _reachable(self, outputs):
+        return not self._loops and all(
+            getattr(t, "graph", self._graph) is self._graph for _, t in tensors_in("", outputs)
+        )
+
+
+def is_loop(operation):
+    """An RNN that is not unrolled runs its cell in a loop: eagerly too, its cell's outputs stay inside."""
+    return isinstance(operation, keras.layers.RNN) and not operation.unroll
+
+
+def current_graph():
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+_local = threading.local()
+
+
+def recorders():
+    """The recorders active in this thread, outermost first."""
+    return getattr(_local, "recorders", ())
+
+
+@contextlib.contextmanager
+def recording(recorder):
+    """Makes the recorder hear every layer call and tag of this thread."""
+    previous = recorders()
+    _local.recorders = (*previous, recorder)
+    try:
+        with _keras.observing_calls(recorders):
+            yield recorder
+    finally:
+        _local.recorders = previous
+
+
+@contextlib.contextmanager
+def capture(model):
+    """Records the layer outputs and tags of any Keras model while the block runs.
+
+    Args:
+        model: any `keras.Model` or layer. Works eagerly, inside `tf.function` and under XLA; per thread.
+
+    Yields the `Tensors`, which fill as the model is called; their names are paths below `model`.
+
+    ```python
+    model = keras.Sequential([layers.Dense(3, name="hidden"), layers.Dense(2)])
+    with tfloop.capture(model) as t:
+        model(np.ones((4, 5)))
+    np.testing.assert_equal(t["hidden"].shape, (4, 3))
+    ```
+    """
+    recorder = Recorder(model)
+    view = recorder.tensors()
+    view._values = recorder.values
+    with recording(recorder):
+        yield view
+
+
+def tag(tensor, name):
+    """Names a tensor that is no layer's output, and returns it as it is.
+
+    Args:
+        tensor: a tensor of any shape and dtype, or a structure of tensors.
+        name: str. In one step a name that occurs again becomes `name:1`, `name:2`, ...
+
+    Outside a tfloop step or `capture` it does nothing.
+
+    Raises `ValueError` when the name is that of a layer or belongs to the step (`x`, `gradients/...`).
+    """
+    if not any(isinstance(leaf, keras.KerasTensor) for _, leaf in flatten("", tensor)):
+        for recorder in recorders():
+            recorder.tag(tensor, name)
+    return tensor
