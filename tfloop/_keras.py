@@ -8,7 +8,10 @@ import functools
 import threading
 
 import keras
+from keras.src.backend.common import global_state
 from keras.src.models.functional import Functional  # noqa: F401  the class behind keras.Model(inputs, outputs)
+from keras.src.random import seed_generator
+from keras.src.utils.rng_utils import get_random_seed
 
 # Attributes in which Keras keeps its own books: they hold layers, but name none of them.
 BOOKKEEPING_ATTRIBUTES = frozenset(
@@ -28,6 +31,7 @@ BOOKKEEPING_ATTRIBUTES = frozenset(
         "_inputs_struct",
         "_outputs_struct",
         "_compiled_trainable_state",
+        "_seed_generators",
         "_compile_config",
     }
 )
@@ -94,7 +98,9 @@ def observing_calls(observers):
             finally:
                 for observer in seeing:
                     observer.leave(operation)
-            if seeing and not any(isinstance(t, keras.KerasTensor) for t in keras.tree.flatten(outputs)):
+            if seeing and not any(
+                isinstance(t, keras.KerasTensor) for t in keras.tree.flatten(outputs)
+            ):
                 for observer in seeing:
                     observer.record(operation, outputs)
             return outputs
@@ -103,3 +109,29 @@ def observing_calls(observers):
 
     with patched(keras.Operation, "__call__", wrap):
         yield
+
+
+def seed_generators(layer):
+    """The seed generators that Keras tracks for a layer itself. Only their states are public, mixed
+    with the weights in `Layer.variables`."""
+    return list(getattr(layer, "_seed_generators", ()))
+
+
+def optimizer_targets(optimizer):
+    """The variables an optimizer was built for, in its order. `Optimizer.variables` are its own ones."""
+    return list(optimizer._trainable_variables)
+
+
+def random_seed():
+    """The seed given to `keras.utils.set_random_seed`, or `None`. The getter is not exported."""
+    return get_random_seed()
+
+
+def global_seed_generator(create=False):
+    """The generator behind `keras.random.*` without a seed, or `None` if none was drawn from yet.
+
+    It belongs to no model and no public name reaches it, so that no other checkpoint holds it.
+    """
+    if create:
+        return seed_generator.global_seed_generator()
+    return global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR)

@@ -1,0 +1,315 @@
+"""Reproducibility: one seed for everything, and the state of a model as named variables.
+
+The state of a model is every variable that decides how its training goes on: weights, optimizer
+slots and counters, averages, power-iteration vectors, seed generators. Each has a name that does not
+depend on what else was built in the process (Keras numbers unnamed objects across the whole process),
+so that two processes, or two models built by the same code in one, agree on the names.
+"""
+
+import hashlib
+import random
+import re
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfloop import _keras, names
+
+_seed: int | None = None
+
+
+def set_seed(seed, deterministic=False):
+    """Seeds Python, NumPy, TensorFlow and Keras, and the order of data in tfloop's loop.
+
+    `seed`: an integer, 0 <= seed < 2**32 (NumPy's limit). `deterministic=True` also makes TensorFlow
+    use deterministic operations only (slower on GPUs; an operation that has no deterministic form
+    then raises), which holds for the rest of the process.
+
+    Same seed, same bits holds for the same kind of machine and the same thread counts.
+    """
+    global _seed
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise TypeError(f"set_seed: seed must be an integer, got {seed!r}.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"set_seed: seed must be in 0 .. 2**32 - 1, got {seed}.")
+    _seed = int(seed)
+    keras.utils.set_random_seed(_seed)
+    if deterministic:
+        tf.config.experimental.enable_op_determinism()
+
+
+def current_seed():
+    """The seed in force: the last one given to `set_seed` or `keras.utils.set_random_seed`; else `None`.
+
+    `set_seed` goes through Keras, so Keras' own record is the newer of the two.
+    """
+    seed = _keras.random_seed()
+    return _seed if seed is None else seed
+
+
+# Which variables
+
+
+def state_variables(model):
+    """`name -> variable` for every state variable of a model, in a fixed order. Not metrics.
+
+    Weights come first (`encoder/dense/kernel`), then seed generators and plain `tf.Variable`s held by
+    layers (`encoder/dropout/seed_generator`), optimizers (`optimizer/iterations`,
+    `optimizer/momentums/encoder/dense/kernel`), then what the model offers in a method
+    `extra_state() -> {name: variable}`.
+    """
+    layers = [
+        (path, layer) for path, layer in _walk(model) if isinstance(layer, keras.layers.Layer)
+    ]
+    state = _Names()
+    for path, layer in layers:
+        for name, variable in _numbered(names.own_weights(layer)):
+            state.add(names.join(path, name), variable)
+    weights = {id(variable): name for name, variable in state.items()}
+    for path, layer in layers:
+        for name, variable in _other_variables(layer):
+            state.add(names.join(path, name), variable)
+    seen: set[int] = set()
+    for path, layer in layers:
+        for name, optimizer in _attributes(layer, keras.optimizers.Optimizer):
+            if id(optimizer) not in seen:
+                seen.add(id(optimizer))
+                for slot, variable in _optimizer_variables(optimizer, weights):
+                    state.add(names.join(path, f"{name}/{slot}"), variable)
+    for name, variable in getattr(model, "extra_state", dict)().items():
+        state.add(name, variable)
+    return state.named
+
+
+def metric_variables(model):
+    """`name -> variable` for every variable of the model's metrics: `metrics/accuracy/total`."""
+    state = _Names()
+    for name, metric in _numbered(model.metrics):
+        for variable_name, variable in _numbered(metric.variables):
+            state.add(f"metrics/{name}/{variable_name}", variable)
+    return state.named
+
+
+def process_variables(create=False):
+    """`name -> variable` for the state that belongs to the process: Keras' global seed generator.
+
+    `keras.random.*` without a seed draws from it. It exists from the first draw on; `create=True`
+    makes it, to restore it. A model's fingerprint leaves it out.
+    """
+    generator = _keras.global_seed_generator(create)
+    return {} if generator is None else {"process/seed_generator": generator.state}
+
+
+def random_state():
+    """The states of Python's and NumPy's global random numbers, as JSON can hold them."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [kind, keys.tolist(), position, has_gauss, cached],
+    }
+
+
+def set_random_state(state):
+    """Sets what `random_state` returned."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), position, has_gauss, cached))
+
+
+# What they hold
+
+
+def snapshot(variables):
+    """`name -> array`: the values of named variables, copied out."""
+    return {name: _value(variable) for name, variable in variables.items()}
+
+
+def assign(variables, arrays):
+    """Sets each named variable for which there is an array of its name."""
+    for name, variable in variables.items():
+        if name in arrays:
+            variable.assign(arrays[name])
+
+
+def fingerprint(model):
+    """SHA-256, in hexadecimal, over name, dtype, shape and bytes of every state variable of a model.
+
+    Equal fingerprints: bit for bit the same weights, optimizer, averages, `u` and seed generators.
+    Metrics are left out.
+    """
+    return fingerprint_of(snapshot(state_variables(model)))
+
+
+def fingerprint_of(arrays):
+    """The fingerprint of named arrays, as `snapshot` returns them."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.asarray(arrays[name], order="C")
+        head = f"{len(name)}:{name} {array.dtype} {list(array.shape)}\n"
+        digest.update(head.encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def first_difference(first, second):
+    """A sentence that names the first variable in which two snapshots differ; `None` if none does.
+
+    The comparison is of bits: a NaN equals itself, 0.0 and -0.0 differ.
+    """
+    for name in [*first, *(name for name in second if name not in first)]:
+        if name not in second:
+            return f"{name!r} is only in the first."
+        if name not in first:
+            return f"{name!r} is only in the second."
+        a, b = np.asarray(first[name]), np.asarray(second[name])
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return f"{name!r} is {_kind(a)} in the first and {_kind(b)} in the second."
+        if a.tobytes() != b.tobytes():
+            return f"{name!r} {_kind(a)} differs in {_how_much(a, b)}."
+    return None
+
+
+def _how_much(a, b):
+    size = a.dtype.itemsize
+    bits = [np.frombuffer(x.tobytes(), np.uint8).reshape(-1, size) for x in (a, b)]
+    count = int(np.any(bits[0] != bits[1], axis=1).sum())
+    with np.errstate(all="ignore"):
+        largest = np.max(np.abs(a.astype(np.float64) - b.astype(np.float64)))
+    return f"{count} of {a.size} elements, by {largest:.3g} at most"
+
+
+def _kind(array):
+    return f"{array.dtype}{list(array.shape)}"
+
+
+def _value(variable):
+    if isinstance(variable, keras.Variable):
+        return np.array(keras.ops.convert_to_numpy(variable))
+    return np.array(variable.numpy())
+
+
+# Names that do not depend on the process
+
+
+class _Names:
+    """Variables by name: each variable once, each name once."""
+
+    def __init__(self):
+        self.named = {}
+        self._known = set()
+
+    def add(self, name, variable):
+        if id(variable) not in self._known:
+            self._known.add(id(variable))
+            self.named[names.unique(name, self.named)] = variable
+
+    def items(self):
+        return self.named.items()
+
+
+def _walk(model):
+    """As `names.walk`, with layers of automatic names numbered within their owner."""
+    seen = {id(model)}
+
+    def below(path, layer):
+        yield path, layer
+        if not isinstance(layer, keras.layers.Layer):
+            return
+        graph = {id(child) for child in names.graph_operations(layer)}
+        children = names.children(layer)
+        numbered = _numbered(child for _, child in children if id(child) in graph)
+        by_graph = {id(child): name for name, child in numbered}
+        for name, child in children:
+            if id(child) not in seen:
+                seen.add(id(child))
+                yield from below(names.join(path, by_graph.get(id(child), name)), child)
+
+    yield from below("", model)
+
+
+def _numbered(objects):
+    """`(name, object)` pairs: Keras' automatic names numbered anew, from the first of each kind on.
+
+    In a process that builds nothing else these are mostly the names Keras gives.
+    """
+    objects = list(objects)
+    taken = {o.name for o in objects if not _is_automatic(o)}
+    counts: dict[str, int] = {}
+    for o in objects:
+        if not _is_automatic(o):
+            yield o.name, o
+            continue
+        base = _snake_case(type(o).__name__)
+        while True:
+            number = counts.get(base, 0)
+            counts[base] = number + 1
+            name = f"{base}_{number}" if number else base
+            if name not in taken:
+                break
+        yield name, o
+
+
+def _is_automatic(o):
+    return re.fullmatch(re.escape(_snake_case(type(o).__name__)) + r"(_\d+)?", o.name) is not None
+
+
+def _snake_case(name):
+    """How Keras makes an automatic name of a class's name."""
+    name = re.sub(r"\W+", "", name)
+    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+def _attributes(layer, kinds):
+    """`(name, value)` for the values of some kinds among a layer's attributes, lists and dicts too."""
+
+    def within(name, value):
+        if isinstance(value, kinds):
+            yield name, value
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                yield from within(f"{name}/{key}", item)
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                yield from within(f"{name}/{index}", item)
+
+    for name, value in vars(layer).items():
+        if not _keras.is_bookkeeping(name):
+            yield from within(name, value)
+
+
+def _other_variables(layer):
+    """The state of a layer that Keras does not count among its weights."""
+    kinds = (keras.random.SeedGenerator, tf.random.Generator, tf.Variable)
+    for name, value in _attributes(layer, kinds):
+        yield name, value if isinstance(value, tf.Variable) else value.state
+    for index, generator in enumerate(_keras.seed_generators(layer)):
+        yield f"seed_generators/{index}", generator.state
+
+
+def _optimizer_variables(optimizer, weights):
+    """`(name, variable)` for an optimizer's variables: by attribute, slots by the weight they belong to.
+
+    Keras' own names for slots hold automatic layer names. `weights` is `id(variable) -> name`.
+    """
+    targets = _keras.optimizer_targets(optimizer)
+    for attribute, value in vars(optimizer).items():
+        name = attribute.lstrip("_")
+        if attribute in ("_variables", "_trainable_variables"):
+            continue
+        if isinstance(value, keras.Variable):
+            yield name, value
+        elif isinstance(value, keras.optimizers.Optimizer):
+            for inner, variable in _optimizer_variables(value, weights):
+                yield f"{name}/{inner}", variable
+        elif isinstance(value, list):
+            slots = len(value) == len(targets)
+            for index, variable in enumerate(value):
+                if isinstance(variable, keras.Variable):
+                    of = weights.get(id(targets[index]), str(index)) if slots else str(index)
+                    yield f"{name}/{of}", variable
+    for index, variable in enumerate(optimizer.variables):  # what no attribute holds
+        yield f"variables/{index}", variable
