@@ -1,0 +1,309 @@
+"""Averages against NumPy over saved snapshots, and the swap, byte for byte."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+
+from tfloop import names
+from tfloop.averaging import WeightAverage, average, averaged
+
+
+def network(seed=0, dtype=None):
+    keras.utils.set_random_seed(seed)
+    return keras.Sequential(
+        [
+            keras.Input((3,)),
+            layers.Dense(4, activation="tanh", dtype=dtype),
+            layers.BatchNormalization(dtype=dtype),
+            layers.Dense(2, dtype=dtype),
+        ]
+    )
+
+
+def trained(model, running, updates, first=0, jit=False, compiled=False):
+    """Steps as the loop makes them; the weights after every update, those before the first as well."""
+    optimizer = keras.optimizers.SGD(0.1)
+    optimizer.build(model.trainable_variables)
+    x = tf.constant(np.random.default_rng(0).normal(size=(8, 3)), "float32")
+
+    @tf.function(jit_compile=jit)
+    def step(updates):
+        with tf.GradientTape() as tape:
+            loss = ops.mean((ops.cast(model(x, training=True), "float32") - 1.0) ** 2)
+        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+        running.update(updates + 1, compiled=compiled)
+
+    running.build(model)
+    if first == 0:
+        running.begin()
+    history = [[w.numpy().copy() for w in model.trainable_weights]]
+    for count in range(first, first + updates):
+        step(tf.constant(count, tf.int64))
+        history.append([w.numpy().copy() for w in model.trainable_weights])
+    return history
+
+
+def values(running):
+    return [v.numpy().copy() for v in running.state().values()][:-1]
+
+
+def expected(snapshots, running):
+    result = [w.astype("float64") for w in snapshots[0]]
+    for n, snapshot in enumerate(snapshots[1:], start=1):
+        share = 1 / (n + 1) if running.kind == "swa" else 1 - running.decay
+        result = [a + share * (w - a) for a, w in zip(result, snapshot, strict=True)]
+    return result
+
+
+@pytest.mark.parametrize("kind", ["swa", "ema"])
+@pytest.mark.parametrize(
+    "start, every, due",
+    [(0, 1, range(11)), (1, 1, range(1, 11)), (0, 4, [0, 4, 8]), (3, 2, [3, 5, 7, 9])],
+)
+def test_average_is_that_of_the_snapshots_that_were_due(kind, start, every, due):
+    model, running = network(), WeightAverage(kind, start=start, every=every, decay=0.7)
+    history = trained(model, running, 10)
+    assert int(running.count) == len(due)
+    for got, want in zip(
+        values(running), expected([history[i] for i in due], running), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_mean_of_snapshots_is_numpys_mean():
+    model, running = network(), WeightAverage("swa")
+    history = trained(model, running, 10)
+    for i, got in enumerate(values(running)):
+        np.testing.assert_allclose(
+            got, np.mean([h[i] for h in history[1:]], 0), rtol=1e-5, atol=1e-7
+        )
+
+
+def test_compiled_step_gives_the_same_average():
+    results = []
+    for compiled in (False, True):
+        for jit in (False, True):
+            model, running = network(), WeightAverage("ema", start=2, every=3, decay=0.5)
+            trained(model, running, 9, jit=jit, compiled=compiled)
+            assert int(running.count) == 3
+            results.append(values(running))
+    for graph, *others in zip(*results, strict=True):
+        for other in others:
+            np.testing.assert_allclose(graph, other, rtol=1e-5, atol=1e-6)
+
+
+def test_resume_in_the_middle_goes_on_with_the_same_average():
+    model, whole = network(), WeightAverage("swa", start=2, every=3)
+    trained(model, whole, 12)
+    model, part = network(), WeightAverage("swa", start=2, every=3)
+    trained(model, part, 6)
+    saved = {name: v.numpy().copy() for name, v in part.state().items()}
+    resumed = WeightAverage("swa", start=2, every=3)
+    resumed.build(model)
+    for name, variable in resumed.state().items():
+        variable.assign(saved[name])
+    trained(model, resumed, 6, first=6)
+    assert int(resumed.count) == int(whole.count) == 4
+    for a, b in zip(values(resumed), values(whole), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_step_without_an_update_takes_no_snapshot():
+    model, running = network(), WeightAverage()
+    running.build(model)
+    for applied in (False, True, False):
+        running.update(tf.constant(1, tf.int64), applied=tf.constant(applied))
+    assert int(running.count) == 1
+
+
+def test_state_is_named_after_the_weights():
+    model, running = network(), WeightAverage()
+    running.build(model)
+    weights = names.weight_names(model)
+    trainable = {f"average/{path}" for path, w in weights.items() if w.trainable}
+    assert set(running.state()) == trainable | {"average/count"}
+
+
+def test_half_precision_weights_are_averaged_in_float32():
+    model, running = network(dtype="bfloat16"), WeightAverage("swa")
+    history = trained(model, running, 5)
+    for i, got in enumerate(values(running)):
+        assert got.dtype == "float32"
+        want = np.mean([h[i].astype("float64") for h in history[1:]], 0)
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+    with averaged(model):
+        assert model.weights[0].dtype == "bfloat16"
+
+
+def test_averaged_swaps_in_and_back_byte_for_byte():
+    model, running = network(), WeightAverage()
+    trained(model, running, 5)
+    model.weights[0].assign(np.full((3, 4), np.nan))
+    before = [w.numpy().tobytes() for w in model.weights]
+    with averaged(model) as same:
+        assert same is model
+        for weight, value in zip(model.trainable_weights, values(running), strict=True):
+            np.testing.assert_array_equal(weight, value)
+        assert model.layers[1].moving_mean.numpy().tobytes() == before[4]
+    assert [w.numpy().tobytes() for w in model.weights] == before
+
+
+def test_averaged_restores_under_an_exception():
+    model, running = network(), WeightAverage()
+    trained(model, running, 5)
+    before = [w.numpy().tobytes() for w in model.weights]
+    with pytest.raises(KeyboardInterrupt), averaged(model):
+        raise KeyboardInterrupt
+    assert [w.numpy().tobytes() for w in model.weights] == before
+    assert not running.swapped
+
+
+def test_averaged_does_not_nest_and_the_outer_one_still_restores():
+    model, running = network(), WeightAverage()
+    trained(model, running, 5)
+    before = [w.numpy().tobytes() for w in model.weights]
+    with averaged(model):
+        with pytest.raises(RuntimeError, match="does not nest"), averaged(model):
+            pass
+        assert running.swapped
+    assert [w.numpy().tobytes() for w in model.weights] == before
+
+
+def test_averaged_needs_a_snapshot():
+    model = network()
+    with pytest.raises(ValueError, match="no running average"), averaged(model):
+        pass
+    WeightAverage(start=100).build(model)
+    with pytest.raises(ValueError, match="after update 100"), averaged(model):
+        pass
+
+
+def test_validation_uses_the_average_when_asked_and_there():
+    model = network()
+    plain, validated = WeightAverage(), WeightAverage(validate=True)
+    for running, swapped in ((plain, False), (validated, True)):
+        running.build(model)
+        with running.for_validation(model):
+            assert not running.swapped
+        running.update(1)
+        with running.for_validation(model):
+            assert running.swapped == swapped
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"kind": "mean"}, {"start": -1}, {"every": 0}, {"every": 1.5}, {"decay": 1.0}]
+)
+def test_wrong_arguments_are_refused(arguments):
+    with pytest.raises(ValueError, match=str(next(iter(arguments.values())))):
+        WeightAverage(**arguments)
+
+
+def test_keras_own_fit_is_told_what_is_missing():
+    model = network()
+    model.compile("sgd", "mse")
+    with pytest.raises(TypeError, match=r"tfloop\.Model"):
+        model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0, callbacks=[WeightAverage()])
+
+
+def sources(folder, count=3):
+    """Models with their weights, and every way in which they can be saved."""
+    models = [network(seed) for seed in range(count)]
+    for seed, model in enumerate(models):
+        model.compile("adam", "mse")
+        model.fit(np.ones((4, 3)) * seed, np.ones((4, 2)), verbose=0)
+    models[0].save(folder / "a.keras")
+    models[1].save_weights(folder / "b.weights.h5")
+    return models, [folder / "a.keras", str(folder / "b.weights.h5"), models[2]]
+
+
+def test_average_over_models_and_files_is_numpys_mean(tmp_path):
+    models, mixed = sources(tmp_path)
+    target = network(seed=9)
+    average(target, mixed)
+    for i, weight in enumerate(target.weights):
+        want = np.mean([np.array(m.weights[i], "float64") for m in models], 0)
+        np.testing.assert_allclose(weight, want, rtol=1e-6, atol=1e-8)
+
+
+def test_average_over_files_leaves_the_optimizer_alone(tmp_path):
+    models, mixed = sources(tmp_path)
+    target = models[2]
+    before = [v.numpy().copy() for v in target.optimizer.variables]
+    average(target, mixed)
+    for variable, value in zip(target.optimizer.variables, before, strict=True):
+        np.testing.assert_array_equal(variable, value)
+
+
+def test_average_with_itself_changes_nothing(tmp_path):
+    model = network()
+    before = [w.numpy().copy() for w in model.weights]
+    average(model, [model, model])
+    for weight, value in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(weight, value)
+
+
+@pytest.mark.parametrize("units", [(3,), (3, 4, 2)])
+def test_average_refuses_other_architectures_and_changes_nothing(tmp_path, units):
+    other = keras.Sequential([keras.Input((3,)), *(layers.Dense(n) for n in units)])
+    other.save_weights(tmp_path / "other.weights.h5")
+    other.save(tmp_path / "other.keras")
+    model = network()
+    before = [w.numpy().copy() for w in model.weights]
+    for source in (other, tmp_path / "other.weights.h5", tmp_path / "other.keras"):
+        with pytest.raises(ValueError, match="weights"):
+            average(model, [model, source])
+    for weight, value in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(weight, value)
+
+
+def test_larger_file_is_refused_not_read_in_part(tmp_path):
+    larger = keras.Sequential([network(), layers.Dense(2)])
+    larger.build((None, 3))
+    larger = keras.Sequential([*network().layers, layers.Dense(2)])
+    larger.build((None, 3))
+    larger.save_weights(tmp_path / "larger.weights.h5")
+    with pytest.raises(ValueError, match=r"layers/dense_2/vars/0: \(2, 2\) in the file, missing"):
+        average(network(), [tmp_path / "larger.weights.h5"])
+
+
+def test_shapes_are_named_when_they_differ():
+    other = network()
+    wider = keras.Sequential(
+        [
+            keras.Input((3,)),
+            layers.Dense(5, name="wide"),
+            layers.BatchNormalization(),
+            layers.Dense(2),
+        ]
+    )
+    with pytest.raises(ValueError, match=r"wide/kernel'.*\(3, 5\).*\(3, 4\)"):
+        average(other, [wider])
+
+
+def test_damaged_and_missing_files_are_refused(tmp_path):
+    (tmp_path / "bad.weights.h5").write_bytes(b"nothing")
+    (tmp_path / "bad.keras").write_bytes(b"nothing")
+    for name in ("bad.weights.h5", "bad.keras"):
+        with pytest.raises(ValueError, match=f"{name} is not a Keras weights file"):
+            average(network(), [tmp_path / name])
+    with pytest.raises(FileNotFoundError):
+        average(network(), [tmp_path / "none.weights.h5"])
+    with pytest.raises(ValueError, match=r"\.weights\.h5"):
+        average(network(), [tmp_path])
+
+
+def test_sources_are_a_list_and_not_empty(tmp_path):
+    with pytest.raises(TypeError, match="list"):
+        average(network(), "a.weights.h5")
+    with pytest.raises(ValueError, match="empty"):
+        average(network(), [])
+
+
+def test_no_code_of_a_keras_file_is_run(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), layers.Lambda(lambda x: x), layers.Dense(2)])
+    model.save(tmp_path / "code.keras")
+    same = keras.Sequential([keras.Input((3,)), layers.Lambda(lambda x: x), layers.Dense(2)])
+    average(same, [tmp_path / "code.keras"])  # load_model would refuse, or run the function
+    np.testing.assert_array_equal(same.weights[0], model.weights[0])
