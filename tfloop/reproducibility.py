@@ -9,6 +9,7 @@ so that two processes, or two models built by the same code in one, agree on the
 import hashlib
 import random
 import re
+from typing import Any
 
 import keras
 import numpy as np
@@ -104,19 +105,18 @@ def process_variables(create=False):
 def random_state():
     """The states of Python's and NumPy's global random numbers, as JSON can hold them."""
     version, numbers, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [kind, keys.tolist(), position, has_gauss, cached],
-    }
+    generator: Any = np.random.get_state(legacy=False)
+    twister = {name: np.asarray(value).tolist() for name, value in generator["state"].items()}
+    return {"python": [version, list(numbers), gauss], "numpy": generator | {"state": twister}}
 
 
 def set_random_state(state):
     """Sets what `random_state` returned."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, np.array(keys, np.uint32), position, has_gauss, cached))
+    twister = state["numpy"]["state"]
+    key = np.array(twister["key"], np.uint32)
+    np.random.set_state(state["numpy"] | {"state": twister | {"key": key}})
 
 
 # What they hold
