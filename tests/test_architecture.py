@@ -23,12 +23,7 @@ ROWS = (
     ("model model_step",),
     ("runs",),
 )
-PLACES = {
-    module: (row, part)
-    for row, parts in enumerate(ROWS)
-    for part in parts
-    for module in part.split()
-}
+PLACES = {module: (row, part) for row, parts in enumerate(ROWS) for part in parts for module in part.split()}
 
 INSIDE = ("keras.src", "tensorflow.python")  # not their public API
 DOOR = "tfloop._keras"
@@ -87,11 +82,7 @@ def imports_of(source, module, modules):
             for alias in node.names:
                 submodule = f"{origin}.{alias.name}"
                 is_module = submodule in modules or _place(submodule) is not None
-                yield (
-                    (node.lineno, submodule, None)
-                    if is_module
-                    else (node.lineno, origin, alias.name)
-                )
+                yield ((node.lineno, submodule, None) if is_module else (node.lineno, origin, alias.name))
 
 
 def _origin(node, module, modules):

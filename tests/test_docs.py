@@ -60,9 +60,7 @@ def _methods(name, member):
     if inspect.isclass(member):
         for method, function in vars(member).items():
             function = getattr(function, "__func__", function)  # class and static methods
-            if not method.startswith("_") and (
-                callable(function) or isinstance(function, property)
-            ):
+            if not method.startswith("_") and (callable(function) or isinstance(function, property)):
                 yield f"{name}.{method}", function
 
 

@@ -92,9 +92,7 @@ def test_final_values_replace_averages_and_keep_the_order():
     bar, _, file = make(4, epoch=2, epochs=5)
     bar.update(4, {"loss": 1.0, "accuracy": 0.5}, finalize=False)
     bar.finish({"loss": 0.25, "val_loss": -0.125})
-    assert file.getvalue() == (
-        "Epoch 3/5  4/4  loss: 0.2500 - accuracy: 0.5000 - val_loss: -0.1250  0.0s\n"
-    )
+    assert file.getvalue() == ("Epoch 3/5  4/4  loss: 0.2500 - accuracy: 0.5000 - val_loss: -0.1250  0.0s\n")
 
 
 def test_arrays_and_numpy_scalars_count_as_their_mean():

@@ -71,8 +71,7 @@ class Progress:
             raise ValueError(f"total is a number of steps, or None if unknown. Got total={total}.")
         if start < 0 or (total is not None and start > total):
             raise ValueError(
-                f"start is the number of steps already done, from 0 to total. "
-                f"Got start={start}, total={total}."
+                f"start is the number of steps already done, from 0 to total. Got start={start}, total={total}."
             )
         self._stateful = stateful if isinstance(stateful, bool) else frozenset(_names(stateful))
         self._examples_per_step = examples_per_step
@@ -205,9 +204,7 @@ def _follow(iterable, bar, count_examples):
     try:
         for batch in iterable:
             yield batch
-            bar.update(
-                bar.current + 1, finalize=False, examples=_examples(batch) if count_examples else 0
-            )
+            bar.update(bar.current + 1, finalize=False, examples=_examples(batch) if count_examples else 0)
         bar.finish()
     finally:
         bar.close()

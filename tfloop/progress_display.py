@@ -85,9 +85,7 @@ class _Terminal:
 
         self.file = file
         elsewhere = None if file is sys.stdout else False
-        self.console = Console(
-            file=file, force_terminal=True, force_jupyter=elsewhere, highlight=False
-        )
+        self.console = Console(file=file, force_terminal=True, force_jupyter=elsewhere, highlight=False)
         self.bars: dict[_Bar, tuple[State, float]] = {}
         self.live: Any = None
 
