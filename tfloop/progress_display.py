@@ -84,8 +84,13 @@ class _Terminal:
         from rich.console import Console
 
         self.file = file
-        elsewhere = None if file is sys.stdout else False
-        self.console = Console(file=file, force_terminal=True, force_jupyter=elsewhere, highlight=False)
+        notebook = _is_notebook(file)
+        self.console = Console(
+            file=file,
+            force_terminal=None if notebook else True,
+            force_jupyter=notebook,
+            highlight=False,
+        )
         self.bars: dict[_Bar, tuple[State, float]] = {}
         self.live: Any = None
 
