@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 ROWS = (
     ("_keras",),
     ("names", "step", "progress progress_line progress_display"),
-    ("statistics", "tensors", "reproducibility", "averaging weight_sources"),
+    ("statistics", "tensors", "reproducibility", "averaging weight_sources", "batch_norm"),
     ("terms", "weights"),  # a weight knows no loss
     ("layer", "loop"),  # the loop knows a model only as something with steps, state and terms
     ("model model_step",),
@@ -36,6 +36,11 @@ def test_every_source_keeps_the_import_rule():
         for line, fault in faults_of(path.read_text(), module, MODULES, PUBLIC)
     ]
     assert not faults, "\n" + "\n".join(faults)
+
+
+def test_every_module_has_a_place():
+    strays = [module for module in MODULES if module.startswith("tfloop.") and not _place(module)]
+    assert not strays, f"give them a place in ROWS: {strays}"
 
 
 def test_no_import_goes_round_in_a_circle():
