@@ -49,8 +49,7 @@ def names(folder):
 
 def same(a, b):
     return a.keys() == b.keys() and all(
-        a[n].dtype == b[n].dtype and a[n].shape == b[n].shape and a[n].tobytes() == b[n].tobytes()
-        for n in a
+        a[n].dtype == b[n].dtype and a[n].shape == b[n].shape and a[n].tobytes() == b[n].tobytes() for n in a
     )
 
 
@@ -126,9 +125,7 @@ def test_at_most_one_save_is_in_flight(tmp_path):
 def test_logs_are_flushed_before_the_checkpoint_is_visible(tmp_path):
     seen = []
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(
-        1, state(1), {}, before_commit=lambda: seen.append(checkpoints.steps()), wait=True
-    )
+    checkpoints.save(1, state(1), {}, before_commit=lambda: seen.append(checkpoints.steps()), wait=True)
     assert seen == [[]]
 
 
@@ -365,10 +362,7 @@ def test_a_file_system_that_is_full_keeps_the_last_good_checkpoint(tmp_path):
     python = f"{sys.executable} {SAVER} {tmp_path} none 1,2,3,4"
     script = f"mount -t tmpfs -o size=300k tmpfs {tmp_path} && {python} && ls -a {tmp_path}"
     command = ["unshare", "--mount", "sh", "-c", script]
-    if (
-        not shutil.which("unshare")
-        or subprocess.run([*command[:2], "true"], capture_output=True).returncode
-    ):
+    if not shutil.which("unshare") or subprocess.run([*command[:2], "true"], capture_output=True).returncode:
         pytest.skip("mounting a small file system takes root")
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     # Three do not fit: from the third on an old one makes room.
@@ -439,11 +433,7 @@ def test_a_damaged_checkpoint_is_skipped_and_kept(tmp_path, damage, file, caplog
 def test_any_flipped_byte_is_noticed(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("checkpoints")
     filled(folder, [1])
-    path = (
-        folder
-        / "step-0000000001"
-        / data.draw(st.sampled_from(["tensors.safetensors", "manifest.json"]))
-    )
+    path = folder / "step-0000000001" / data.draw(st.sampled_from(["tensors.safetensors", "manifest.json"]))
     content = bytearray(path.read_bytes())
     content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
     path.write_bytes(content)
@@ -541,9 +531,7 @@ def test_a_forged_manifest_is_refused(tmp_path, change, why):
 
 def test_a_manifest_forged_without_a_change_is_accepted(tmp_path):
     filled(tmp_path, [1])
-    forge(
-        tmp_path / "step-0000000001", lambda content: None
-    )  # the forgeries fail for their reasons
+    forge(tmp_path / "step-0000000001", lambda content: None)  # the forgeries fail for their reasons
     assert Checkpoints(tmp_path).restore_latest().step == 1
 
 
@@ -596,18 +584,14 @@ def test_another_dtype_is_another_model(tmp_path):
 
 def test_what_fits_is_taken_if_asked_for(tmp_path):
     checkpoints = filled(tmp_path, [1])
-    restored = checkpoints.restore_latest(
-        {"w": np.zeros((3, 4), "f"), "x": np.zeros(1)}, partial=True
-    )
+    restored = checkpoints.restore_latest({"w": np.zeros((3, 4), "f"), "x": np.zeros(1)}, partial=True)
     assert same(restored.tensors, {"w": state(1)["w"]})
     assert len(restored.skipped) == 2
 
 
 def test_metrics_and_positions_are_not_compared_with_the_model(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(
-        1, state(1) | {"metrics/a": np.zeros(1), "loop/sums": np.zeros(2)}, {}, wait=True
-    )
+    checkpoints.save(1, state(1) | {"metrics/a": np.zeros(1), "loop/sums": np.zeros(2)}, {}, wait=True)
     restored = checkpoints.restore_latest(expect=state(0))
     assert set(restored.tensors) == {"w", "n", "metrics/a", "loop/sums"}
 

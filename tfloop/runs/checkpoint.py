@@ -117,9 +117,7 @@ class Checkpoints:
         arrays = checkpoint_file.checked(tensors)
         if copy:
             arrays = {name: np.array(array, order="C") for name, array in arrays.items()}
-        manifest = files.from_json(
-            files.to_json(manifest)
-        )  # a copy, and an error here if it cannot be
+        manifest = files.from_json(files.to_json(manifest))  # a copy, and an error here if it cannot be
         job = _Job(int(step), arrays, manifest, dict(metrics or {}), before_commit)
         self._join()
         self._raise_unless_passing()
@@ -176,8 +174,7 @@ class Checkpoints:
                 if attempt == ATTEMPTS - 1:
                     raise
                 logging.warning(
-                    "Writing the checkpoint of step %d failed and is tried again; older "
-                    "checkpoints make room: %s",
+                    "Writing the checkpoint of step %d failed and is tried again; older checkpoints make room: %s",
                     job.step,
                     error,
                 )
@@ -208,9 +205,7 @@ class Checkpoints:
 
     def _make_folder(self):
         if files.exists(self.folder) and not files.is_folder(self.folder):
-            raise FolderError(
-                f"{self.folder} is a link or no folder; checkpoints are kept in a folder."
-            )
+            raise FolderError(f"{self.folder} is a link or no folder; checkpoints are kept in a folder.")
         files.make_folder(self.folder)
 
     # Keeping
@@ -237,9 +232,7 @@ class Checkpoints:
         retained = set(last if keep is None else last[:keep])
         metric, mode = self.best
         scores = {n: contents[n].metrics.get(metric) for n in last}
-        scores = {
-            n: s for n, s in scores.items() if isinstance(s, int | float) and math.isfinite(s)
-        }
+        scores = {n: s for n, s in scores.items() if isinstance(s, int | float) and math.isfinite(s)}
         if scores:
             retained.add((min if mode == "min" else max)(scores, key=lambda name: scores[name]))
         for name in contents:
@@ -339,11 +332,7 @@ class Checkpoints:
         names, lines = list(content.tensors), []
         if expect is not None:
             expected = {n: checkpoint_file.spec(v) for n, v in expect.items()}
-            of_model = {
-                n: s
-                for n, s in content.tensors.items()
-                if n in expected or not n.startswith(NOT_THE_MODELS)
-            }
+            of_model = {n: s for n, s in content.tensors.items() if n in expected or not n.startswith(NOT_THE_MODELS)}
             lines = checkpoint_file.differences(of_model, expected)
             names = [n for n in names if n not in of_model or expected.get(n) == of_model[n]]
         if lines and not partial:
@@ -359,9 +348,7 @@ class Checkpoints:
     def _set_aside(self, name):
         place = self.folder / DAMAGED
         if files.exists(place) and not files.is_folder(place):
-            raise FolderError(
-                f"{place} is a link or no folder; damaged checkpoints are kept there."
-            )
+            raise FolderError(f"{place} is a link or no folder; damaged checkpoints are kept there.")
         files.make_folder(place)
         os.rename(self.folder / name, files.free_name(place, name))
         files.flush_folder(self.folder)
@@ -369,6 +356,4 @@ class Checkpoints:
 
 def _listed(lines, limit=30):
     rest = len(lines) - limit
-    return "\n".join(f"  {line}" for line in lines[:limit]) + (
-        f"\n  and {rest} more" if rest > 0 else ""
-    )
+    return "\n".join(f"  {line}" for line in lines[:limit]) + (f"\n  and {rest} more" if rest > 0 else "")

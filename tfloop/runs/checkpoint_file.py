@@ -114,9 +114,7 @@ def write(folder, step, tensors, manifest, metrics, at):
     }
     text = files.to_json(content)
     if len(text) > LARGEST_MANIFEST // 2:
-        raise ValueError(
-            f"The manifest would have {len(text)} bytes; arrays belong to the tensors."
-        )
+        raise ValueError(f"The manifest would have {len(text)} bytes; arrays belong to the tensors.")
     with open(folder / MANIFEST, "w", encoding="utf-8") as file:
         file.write(f'{{"sha256": "{_sha256(text)}",\n"content": {text}}}\n')
         files.flush_file(file)
@@ -195,9 +193,7 @@ def verify(folder):
             raise Damaged(f"{TENSORS} is a link or no plain file")
         if found.st_size != said["size"]:
             raise Damaged(f"{TENSORS} has {found.st_size} bytes, not {said['size']}")
-        needed = sum(
-            math.prod(t.shape) * dtype_of(t.dtype).itemsize for t in content.tensors.values()
-        )
+        needed = sum(math.prod(t.shape) * dtype_of(t.dtype).itemsize for t in content.tensors.values())
         if needed > found.st_size:
             raise Damaged(f"{TENSORS} is too small for the shapes declared ({needed} bytes)")
         with files.open_regular(folder / TENSORS) as file:
@@ -241,9 +237,7 @@ def read_tensors(folder, content, names=None):
         said, tensor = content.tensors[name], stored[name]
         dtype = dtype_of(said.dtype)
         if tuple(tensor["shape"]) != said.shape:
-            raise Damaged(
-                f"{name!r} has shape {tensor['shape']} and {list(said.shape)} is declared"
-            )
+            raise Damaged(f"{name!r} has shape {tensor['shape']} and {list(said.shape)} is declared")
         if len(tensor["data"]) != math.prod(said.shape) * dtype.itemsize:
             raise Damaged(f"{name!r} is not the {said} that is declared")
         arrays[name] = np.frombuffer(tensor["data"], dtype).reshape(said.shape)
