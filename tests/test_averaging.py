@@ -8,6 +8,7 @@ from keras import layers, ops
 
 from tfloop import names
 from tfloop.averaging import WeightAverage, average, averaged
+from tfloop.batch_norm import reestimate_batch_norm
 
 
 def network(seed=0, dtype=None):
@@ -147,6 +148,16 @@ def test_averaged_swaps_in_and_back_byte_for_byte():
         for weight, value in zip(model.trainable_weights, values(running), strict=True):
             np.testing.assert_array_equal(weight, value)
         assert model.layers[1].moving_mean.numpy().tobytes() == before[4]
+    assert [w.numpy().tobytes() for w in model.weights] == before
+
+
+def test_averaged_takes_back_what_was_changed_inside():
+    model, running = network(), WeightAverage()
+    trained(model, running, 5)
+    before = [w.numpy().tobytes() for w in model.weights]
+    with averaged(model):
+        reestimate_batch_norm(model, np.ones((8, 3), "float32"), verbose=0)
+        assert [w.numpy().tobytes() for w in model.weights] != before
     assert [w.numpy().tobytes() for w in model.weights] == before
 
 

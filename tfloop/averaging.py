@@ -131,22 +131,21 @@ class WeightAverage(keras.callbacks.Callback):
             average.assign(tf.where(due, moved, old))
         self.count.assign_add(tf.cast(due, tf.int64))
 
-    def swap_in(self):
-        """Puts the average into the weights, and returns what they were."""
+    def swap_in(self, model):
+        """Puts the average into the weights. Returns `(variable, value)` of all the model's state."""
         if self.swapped:
             raise RuntimeError(
-                "The averaged weights are in the model already: `with tfloop.averaged(model)` "
-                "does not nest."
+                "The averaged weights are in the model already: `with tfloop.averaged(model)` does not nest."
             )
-        saved = [np.array(w.numpy()) for w in self._weights]
+        saved = [(v, np.array(v.numpy())) for v in model.variables]
         self.swapped = True
         for weight, average in zip(self._weights, self._averages, strict=True):
             weight.assign(average.value)
         return saved
 
     def swap_out(self, saved):
-        for weight, value in zip(self._weights, saved, strict=True):
-            weight.assign(value)
+        for variable, value in saved:
+            variable.assign(value)
         self.swapped = False
 
     # -- what Keras calls ---------------------------------------------------------------------
@@ -172,9 +171,7 @@ def is_count(value):
 def state_like(weight):
     """A copy of the weight's value in float32, or in float64 for a float64 weight."""
     dtype = "float64" if weight.dtype == "float64" else "float32"
-    value = tf.convert_to_tensor(
-        weight.value
-    )  # given a tf.Variable, Keras would wrap that very one
+    value = tf.convert_to_tensor(weight.value)  # given a tf.Variable, Keras would wrap that very one
     return keras.Variable(value, dtype=dtype, trainable=False, name=f"average_{weight.name}")
 
 
@@ -183,8 +180,7 @@ def running_average(model):
     average = getattr(model, "_running_average", None)
     if average is None:
         raise ValueError(
-            f"{model.name!r} has no running average: train it with "
-            "`callbacks=[tfloop.WeightAverage(...)]`."
+            f"{model.name!r} has no running average: train it with `callbacks=[tfloop.WeightAverage(...)]`."
         )
     if int(average.count) == 0:
         raise ValueError(
@@ -198,14 +194,14 @@ def running_average(model):
 def averaged(model):
     """Within the block the model's weights are its running average; after it, what they were.
 
-    Every byte is restored, under an exception too. Weights changed inside the block are lost, and
-    training inside it is refused. The state that is no trainable weight stays the model's: use
+    Every byte is restored, under an exception too, and so is what was changed inside the block.
+    Training inside it is refused. The state that is no trainable weight stays the model's: use
     `tfloop.reestimate_batch_norm` inside the block for the BatchNorm statistics of the average.
 
     Raises `ValueError` if the model has no average or no snapshot yet, `RuntimeError` if nested.
     """
     average = running_average(model)
-    saved = average.swap_in()
+    saved = average.swap_in(model)
     try:
         yield model
     finally:
