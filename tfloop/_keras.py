@@ -6,9 +6,15 @@ Read in keras 3.15.1 and TensorFlow 2.21. `tests/test_keras_internals.py` notice
 import contextlib
 import functools
 import threading
+import types
+import weakref
 
 import keras
 from keras.src.backend.common import global_state
+from keras.src.backend.common import global_state
+from keras.src.backend.common.stateless_scope import get_stateless_scope
+from keras.src.backend.common.symbolic_scope import get_symbolic_scope
+from keras.src.backend.common.variables import register_uninitialized_variable
 from keras.src.models.functional import Functional  # noqa: F401  the class behind keras.Model(inputs, outputs)
 from keras.src.random import seed_generator
 from keras.src.utils.rng_utils import get_random_seed
@@ -98,9 +104,7 @@ def observing_calls(observers):
             finally:
                 for observer in seeing:
                     observer.leave(operation)
-            if seeing and not any(
-                isinstance(t, keras.KerasTensor) for t in keras.tree.flatten(outputs)
-            ):
+            if seeing and not any(isinstance(t, keras.KerasTensor) for t in keras.tree.flatten(outputs)):
                 for observer in seeing:
                     observer.record(operation, outputs)
             return outputs
@@ -135,3 +139,237 @@ def global_seed_generator(create=False):
     if create:
         return seed_generator.global_seed_generator()
     return global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR)
+
+
+def in_call():
+    """Whether a layer is being called in this thread (`add_loss` and `add_metric` want to know).
+
+    Keras keeps the context of the running `Layer.__call__` in its global state and shows it nowhere.
+    """
+    return global_state.get_global_attribute("current_call_ctx") is not None
+
+
+def own_metrics(layer):
+    """The metric objects that are attributes of a layer or lie in its lists and dicts, in order of assignment."""
+    return list(getattr(layer, "_metrics", ()))
+
+
+def compiled_metrics(model):
+    """The metric objects that `compile` made: the loss tracker, the compiled metrics, a tracker per output."""
+    if not getattr(model, "compiled", False):
+        return []
+    compile_loss = model._compile_loss
+    found = [model._loss_tracker, model._compile_metrics, *(compile_loss.metrics if compile_loss else ())]
+    return [m for m in found if m is not None]
+
+
+def loss_tracker(model):
+    return getattr(model, "_loss_tracker", None)
+
+
+@contextlib.contextmanager
+def separate_output_losses(model):
+    """Yields a list that receives `(output name, weighted loss)` for every part of the compiled loss.
+
+    `CompileLoss` adds them up and keeps only unweighted running means.
+    """
+    compile_loss, parts = model._compile_loss, []
+    if compile_loss is None or not compile_loss.built:
+        yield parts
+        return
+    flat = compile_loss._flat_losses
+
+    def heard(entry):
+        def loss(*args, **kwargs):
+            value = entry.loss(*args, **kwargs)
+            weighted = value if entry.loss_weights is None else value * entry.loss_weights
+            parts.append((entry.name, weighted))
+            return value
+
+        return entry._replace(loss=loss)
+
+    compile_loss._flat_losses = [heard(entry) for entry in flat]
+    try:
+        yield parts
+    finally:
+        compile_loss._flat_losses = flat
+
+
+def symbolic_build(model, batch):
+    """Builds the model's layers, compiled metrics and optimizer for a batch, as Keras' own `fit` does."""
+    model._symbolic_build(data_batch=batch)
+
+
+def own_trainable_variables(layer):
+    """The variables that a layer itself made as trainable; the public lists include those of sublayers."""
+    return list(getattr(layer, "_trainable_variables", ()))
+
+
+def set_trainable_flag(layer, flag, variables):
+    """Sets one layer's `trainable` and its variables' without touching sublayers, as the public setter would."""
+    layer._trainable = flag
+    for variable, trainable in variables:
+        variable.trainable = trainable
+
+
+def tensor_of(variable):
+    """What a tape watches of a Keras variable."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def mark_results(metric):
+    """From now on the tensors that `metric.result()` returns can be told by `metric_of`.
+
+    In Keras 2 a metric's result carried its metric; in Keras 3 it is a bare tensor. The method is replaced on
+    the instance, as a bound method, so that a copy of the metric marks results as its own.
+    """
+    if "result" not in vars(metric):
+        vars(metric)["result"] = types.MethodType(_marked_result, metric)
+        vars(metric)["update_state"] = types.MethodType(_noted_update, metric)
+
+
+def _marked_result(metric):
+    value = type(metric).result(metric)
+    for key, leaf in value.items() if isinstance(value, dict) else [(None, value)]:
+        with contextlib.suppress(AttributeError):  # a Python number
+            leaf._tfloop_metric = (weakref.ref(metric), key)
+    return value
+
+
+def _noted_update(metric, *args, **kwargs):
+    for observer in _update_observers():
+        observer(metric)
+    return type(metric).update_state(metric, *args, **kwargs)
+
+
+def metric_of(value):
+    """`(metric, key)` of a tensor that is the result of a marked metric object, else `None`."""
+    metric, key = getattr(value, "_tfloop_metric", (None, None))
+    return (metric(), key) if metric is not None and metric() is not None else None
+
+
+def _update_observers():
+    return getattr(_thread, "update_observers", ())
+
+
+@contextlib.contextmanager
+def observing_updates(observer):
+    """Tells `observer(metric)` of every marked metric that is updated in this thread."""
+    previous = _update_observers()
+    _thread.update_observers = (*previous, observer)
+    try:
+        yield
+    finally:
+        _thread.update_observers = previous
+
+
+@contextlib.contextmanager
+def observing_applies(observer):
+    """Tells `observer(optimizer, gradients, variables)` before every update of an optimizer in this thread.
+
+    `apply` is public; there is no hook before it. An optimizer inside a `LossScaleOptimizer` is not told of.
+    """
+    previous = getattr(_thread, "apply_observers", ())
+    _thread.apply_observers = (*previous, observer)
+
+    def wrap(original):
+        @functools.wraps(original)
+        def apply(optimizer, grads, trainable_variables=None):
+            observers, _thread.apply_observers = getattr(_thread, "apply_observers", ()), ()
+            try:
+                for told in observers:
+                    told(optimizer, grads, trainable_variables)
+                return original(optimizer, grads, trainable_variables)
+            finally:
+                _thread.apply_observers = observers
+
+        return apply
+
+    try:
+        with (
+            patched(keras.optimizers.Optimizer, "apply", wrap),
+            patched(keras.optimizers.LossScaleOptimizer, "apply", wrap),
+        ):
+            yield
+    finally:
+        _thread.apply_observers = previous
+
+
+def loss_scale(optimizer):
+    """The factor by which a `LossScaleOptimizer` wants the loss multiplied, else 1."""
+    return optimizer.scale_loss(1.0) if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) else None
+
+
+_thread = threading.local()
+
+
+def call_context():
+    """The context of the outermost `Layer.__call__` running in this thread, or `None` outside one.
+
+    It lives as long as that call, so that what must be made once a forward pass can hang on it.
+    """
+    return global_state.get_global_attribute("current_call_ctx")
+
+
+def call_training():
+    """The value of `training` that Keras would hand to a layer called now; `None` if nobody said."""
+    context = call_context()
+    return None if context is None else context.get_value("training")
+
+
+def in_symbolic_scope():
+    """Whether Keras runs a layer only to learn shapes. `keras.SymbolicScope` is public, asking is not."""
+    return get_symbolic_scope() is not None
+
+
+def in_stateless_scope():
+    """Whether a `keras.StatelessScope` holds the values of variables. The class is public, asking is not."""
+    return get_stateless_scope() is not None
+
+
+def stored_value(variable):
+    """A variable's value in its own dtype: `Variable.value` would cast it inside an autocast scope."""
+    scope = get_stateless_scope()
+    value = scope.get_current_value(variable) if scope is not None else None
+    return variable._value if value is None else value
+
+
+def autocast(variable, value):
+    """Casts what stands for a variable's value as Keras casts the value itself (mixed precision)."""
+    return variable._maybe_autocast(value)
+
+
+def when_initialized(variable, function):
+    """Calls `function()` as soon as the variable has a value: now, or where Keras makes deferred ones.
+
+    A variable made while Keras learns shapes gets its value later, in order of creation. What is put into
+    Keras' list of those has its turn after the variables made before it.
+    """
+    if variable._value is not None:
+        function()
+        return
+    deferred = types.SimpleNamespace(_deferred_initialize=function)
+    register_uninitialized_variable(deferred)
+
+
+@contextlib.contextmanager
+def unlocked(layer):
+    """Lets state be added to a layer that is built already, which Keras locks."""
+    tracker = layer._tracker
+    was_locked = tracker.locked
+    tracker.unlock()
+    try:
+        yield
+    finally:
+        if was_locked:
+            tracker.lock()
+
+
+def has_own_build(layer):
+    """Whether the layer's class says how to build it; if not, Keras builds it by a symbolic call."""
+    return not getattr(layer.build, "_is_default", False)
+
+
+def is_rematerialized(layer):
+    """Whether the layer's `call` runs again in the backward pass (`keras.RematScope`)."""
+    return getattr(layer, "_remat_mode", None) is not None

@@ -14,11 +14,13 @@ class Step:
     """One step being run (eagerly) or traced (in a graph).
 
     `kind` is `"train"`, `"test"` or `"predict"`. `once(key, compute)` gives the result of `compute()`,
-    which is called for the first caller of that key and not again in this step.
+    which is called for the first caller of that key and not again in this step. `uncompilable` collects the
+    names of what XLA cannot compile; whoever runs such a thing in the step appends to it.
     """
 
     def __init__(self, kind="train"):
         self.kind = kind
+        self.uncompilable: list[str] = []
         self._memo = {}
 
     @property

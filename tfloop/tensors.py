@@ -20,6 +20,20 @@ NAMESPACES = ("losses/", "weights/", "gradients/", "updates/")
 BATCH = ("x", "y", "sample_weight", "y_pred")
 
 
+class MissingTensor(KeyError):
+    """A name that is not among the tensors of the step.
+
+    `only_training` tells names of the backward pass, which evaluation does not have.
+    """
+
+    def __init__(self, message, only_training=False):
+        super().__init__(message)
+        self.only_training = only_training
+
+    def __str__(self):
+        return self.args[0]  # KeyError shows its message quoted
+
+
 class Tensors(collections.abc.Mapping):
     """An immutable mapping from names to the tensors of a step.
 
@@ -43,7 +57,7 @@ class Tensors(collections.abc.Mapping):
         if name in self._values:
             value = self._values[name]
             return value() if isinstance(value, Lazy) else value
-        raise KeyError(self._explain(name))
+        raise MissingTensor(self._explain(name), str(name).startswith(("gradients/", "updates/")))
 
     def __iter__(self):
         return iter(self._values)
@@ -76,6 +90,19 @@ class Tensors(collections.abc.Mapping):
             if found:
                 return found
         return [n for n in self if fnmatch.fnmatchcase(n, pattern)]
+
+    def below(self, path):
+        """What a model at `path` sees as its own: its part of the names, without the path in front."""
+        found, reasons = {}, dict(self._reasons)
+        for name, value in self._values.items():
+            space = next((s for s in NAMESPACES if name.startswith(s)), "")
+            rest = name[len(space) :]
+            if rest.startswith(path + "/"):
+                found[space + rest[len(path) + 1 :]] = value
+            elif not space and rest == path:
+                found["y_pred"] = value
+        reasons |= {k[len(path) + 1 :]: v for k, v in self._reasons.items() if k.startswith(path + "/")}
+        return type(self)(found, reasons)
 
     def _explain(self, name):
         if not isinstance(name, str):

@@ -1,0 +1,1 @@
+"""The loop: epochs over a source through an engine. It knows a model only by its steps."""

@@ -1,0 +1,683 @@
+"""`tfloop.Model`: a `keras.Model` whose losses and metrics may be any tensor, trained by tfloop's loop.
+
+One training step, in the order in which things happen: forward pass, losses, gradients, update, metrics.
+"""
+
+import contextlib
+import math
+import warnings
+
+import keras
+import tensorflow as tf
+
+from tfloop import _keras, names, reproducibility, terms
+from tfloop.layer import Adding
+from tfloop.loop import fitting
+from tfloop.model_step import ModelStep, model_step
+from tfloop.step import Step, running
+
+
+class Model(Adding, keras.Model):
+    """A `keras.Model` with losses and metrics on any tensor, and a loop of its own.
+
+    Subclass it and write `call`, or give it the inputs and outputs of a functional model.
+
+    ```python
+    inputs = keras.Input((8,))
+    hidden = layers.Dense(4, activation="relu", name="hidden")(inputs)
+    model = tfloop.Model(inputs, layers.Dense(8)(hidden))
+    model.add_loss(lambda t: ops.mean((t["y_pred"] - t["x"]) ** 2))
+    model.add_metric(lambda t: ops.mean(t["hidden"] ** 2), name="power")
+    model.compile(optimizer="adam")
+    history = model.fit(np.ones((16, 8)), None, verbose=0).history
+    assert list(history) == ["loss", "power"]
+    ```
+
+    To change a part of training override that part: `call`, `compute_loss`, `minimize`, `compute_metrics`, or
+    the whole `train_step` as in Keras.
+    """
+
+    def __new__(cls, *args, **kwargs):
+        if cls is Model and is_functional(args, kwargs):
+            return FunctionalModel.__new__(FunctionalModel, *args, **kwargs)
+        made = super().__new__(cls, *args, **kwargs)
+        # Beside Keras' tracking: neither is a layer or a weight, and a model that is built may change them.
+        made.__dict__["_terms"] = terms.Terms()
+        made.__dict__["_updates"] = None
+        made.__dict__["_loop"] = None
+        made.__dict__["_as_compiled"] = {}
+        return made
+
+    def __init__(self, *args, **kwargs):
+        if is_functional(args, kwargs):
+            become_functional(type(self))
+            FunctionalModel.__init__(self, *args, **kwargs)
+        else:
+            super().__init__(*args, **kwargs)
+
+    # Terms.
+
+    def add_loss(self, value=None, name=None, weight=1.0, inputs=None):
+        """Adds a loss to what is minimised.
+
+        Args:
+            value: inside `call` a tensor or number; on a functional model a symbolic tensor of its graph; from
+                outside a function of the step's `Tensors` (or of nothing). Non-scalars are averaged, in value
+                and gradient.
+            name: str, under which the loss is logged as it enters the total (weighted). Unnamed losses are
+                logged together as `other_losses`.
+            weight: float, or a function of the number of completed updates, an int64 scalar: 0 in the first step.
+            inputs: taken for code written for Keras 2, and not used.
+
+        Works as a decorator; may be called after `compile` and between two fits.
+
+        Raises `ValueError` for an eager tensor outside `call`, and for a name that is taken.
+
+        ```python
+        model = tfloop.Model(x := keras.Input((4,)), layers.Dense(2, name="code")(x))
+
+        @model.add_loss(name="size", weight=0.1)
+        def size(t):
+            return ops.mean(t["code"] ** 2)
+        ```
+        """
+        if value is None:
+            return lambda function: self.add_loss(function, name=name, weight=weight) or function
+        super().add_loss(value, name=name, weight=weight, inputs=inputs)
+        return value if callable(value) and not isinstance(value, keras.Variable) else None
+
+    def _register_loss(self, value, name, weight):
+        terms.takes_tensors(value)  # refuses a function of two arguments
+        self._terms.add_loss(value, name, weight)
+
+    def _register_metric(self, value, name, aggregation):
+        terms.takes_tensors(value)
+        if any(m.name == name for m in _keras.own_metrics(self)):
+            raise ValueError(terms.two_of_one_name(name))
+        self._terms.add_metric(value, name, aggregation)
+        terms.term_metric(self, name, aggregation)
+
+    def watch(self, pattern, statistic="rms", every=1):
+        """Logs a statistic of every tensor whose name matches, as `<tensor>/<statistic>`.
+
+        Args:
+            pattern: `fnmatch` pattern of names. A bare `*` means layer outputs and tags; begin with
+                `gradients/`, `weights/`, `updates/` or `losses/` for those.
+            statistic: one of `mean rms norm min max std abs_mean zeros nonfinite histogram`, or a registered one.
+            every: int, computed in steps 0, every, 2 * every, ...
+
+        Raises `ValueError` for an unknown statistic at once, and for a pattern without a match when the step is
+        traced.
+
+        ```python
+        model = tfloop.Model(x := keras.Input((4,)), layers.Dense(2, name="code")(x))
+        model.watch("*", "rms")
+        model.watch("gradients/*/kernel", "norm", every=10)
+        ```
+        """
+        self._terms.watch(pattern, statistic, every)
+
+    # One step.
+
+    def train_step(self, data):
+        """One training step on a batch `x`, `(x, y)` or `(x, y, sample_weight)`. Returns the metrics' results."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        with tf.GradientTape() as tape:
+            y_pred = self._forward(x, training=True)
+            loss = self._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+        self._note_loss(loss)
+        if self.trainable_variables:
+            self.minimize(loss, self.trainable_variables, tape=tape)
+        else:
+            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def test_step(self, data):
+        """One evaluation step on a batch. Returns the metrics' results."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        y_pred = self._forward(x, training=False)
+        loss = self._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=False)
+        self._note_loss(loss)
+        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _forward(self, x, training):
+        return self(x, training=training) if self._call_has_training_arg else self(x)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """The total loss: the compiled loss, the added and registered ones, and regularisers, as a scalar.
+
+        Its parts are logged one by one as soon as there are several.
+
+        Raises `ValueError` when there is no loss at all.
+        """
+        del x, training
+        compiled = self._compiled_losses(y, y_pred, sample_weight)
+        named, others = self.losses, []
+        step = model_step(self)
+        if step is not None:
+            named, others = step.named_losses(named)
+        else:
+            named, others = {}, named
+        parts = {**compiled, **{(n if n not in compiled else f"{self.name}/{n}"): v for n, v in named.items()}}
+        if others:
+            parts["other_losses"] = tf.add_n([terms.mean_scalar(v, "an added loss") for v in others])
+        if not parts:
+            if step is None:
+                return tf.zeros(())
+            raise ValueError(
+                "There is no loss to minimise. Give one to compile(loss=...), or add one: "
+                "model.add_loss(lambda t: ...), or self.add_loss(...) inside `call`."
+            )
+        total = tf.add_n([tf.cast(v, tf.float32) if v.dtype != tf.float64 else v for v in parts.values()])
+        if step is not None:
+            step.loss_parts, step.computed_loss = parts, total
+        return total
+
+    def _compiled_losses(self, y, y_pred, sample_weight):
+        if self._compile_loss is None:
+            return {}
+        if y is None and self.loss is not None and keras.tree.flatten(y_pred):
+            raise ValueError(
+                "compile(loss=...) needs targets, but `y` is None. Give `fit` targets, or leave `loss` out and add "
+                "a loss that needs none: model.add_loss(lambda t: ...)."
+            )
+        with _keras.separate_output_losses(self) as outputs:
+            total = self._compile_loss(y, y_pred, sample_weight)
+        if total is None:
+            return {}
+        if len(outputs) < 2:
+            return {"compiled_loss": tf.convert_to_tensor(total)}
+        found = {}
+        for name, value in outputs:
+            found[names.unique(f"{name}_loss", found)] = tf.convert_to_tensor(value)
+        return found
+
+    def _note_loss(self, loss):
+        """Keeps the loss and its parts for the record, what an overridden `compute_loss` added as a rest."""
+        step = model_step(self)
+        if step is None:
+            return
+        loss = terms.mean_scalar(loss, "the loss")
+        step.loss = loss
+        if loss is not step.computed_loss and (step.loss_parts or step.registry_losses_read):
+            parts = step.loss_parts or step.named_losses([t for t, _, _ in step.registry_losses_read])[0]
+            rest = loss - tf.add_n([tf.cast(v, loss.dtype) for n, v in parts.items() if n != "other_losses"])
+            step.loss_parts = {**{n: v for n, v in parts.items() if n != "other_losses"}, "other_losses": rest}
+
+    @property
+    def losses(self):
+        """The losses that `call` and regularisers added; in a step those of the registry too, weighted."""
+        step = model_step(self)
+        added = list(super().losses)
+        return added if step is None else added + step.registry_losses()
+
+    def minimize(self, loss, variables, optimizer=None, tape=None):
+        """One correct update: loss scale, gradients, clipping by the optimizer, finite check, update.
+
+        Args:
+            loss: scalar (a larger tensor is averaged), computed inside `tape`; or a function without arguments
+                that computes it, then no tape is needed.
+            variables: the list of variables to update.
+            optimizer: a `keras.optimizers.Optimizer`, that of `compile` by default. Under `mixed_float16` it is
+                given a loss scale if it has none.
+            tape: the `tf.GradientTape`, after its block.
+
+        Returns the global norm of the unscaled gradients, a float32 scalar.
+
+        Raises `ValueError` when there is no optimizer, no tape for a tensor, or no variable gets a gradient.
+
+        ```python
+        class GAN(tfloop.Model):
+            def train_step(self, data):
+                with tf.GradientTape() as tape:
+                    loss = ...
+                norm = self.minimize(loss, self.critic.trainable_variables, self.critic_optimizer, tape=tape)
+                return {"critic_loss": loss, "critic_norm": norm}
+        ```
+        """
+        optimizer = self._scaling(optimizer if optimizer is not None else self.optimizer)
+        if optimizer is None:
+            raise ValueError("minimize(): there is no optimizer. Give one to compile(optimizer=...), or to minimize.")
+        variables = list(variables)
+        if callable(loss):
+            with tf.GradientTape() as tape:
+                loss = loss()
+        if tape is None:
+            raise ValueError(
+                "minimize(loss, variables): a tensor needs the tape in which it was computed: minimize(loss, "
+                "variables, tape=tape). Or give a function that computes it."
+            )
+        if not optimizer.built:
+            with tf.init_scope():
+                optimizer.build(variables)
+        scale = _keras.loss_scale(optimizer)
+        size = tf.cast(tf.size(loss), loss.dtype)
+        seed = tf.ones_like(loss) * tf.cast(1.0 if scale is None else scale, loss.dtype) / size
+        gradients = tape.gradient(loss, [_keras.tensor_of(v) for v in variables], output_gradients=seed)
+        optimizer.apply(gradients, variables)
+        return global_norm(gradients, scale)
+
+    def _scaling(self, optimizer):
+        """The optimizer with a loss scale where the policy needs one; the same object every time."""
+        mixed = self.dtype_policy.name == "mixed_float16"
+        if optimizer is None or not mixed or isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            return optimizer
+        known = self.__dict__.setdefault("_loss_scales", {})
+        if id(optimizer) not in known:
+            known[id(optimizer)] = keras.optimizers.LossScaleOptimizer(optimizer)
+        return known[id(optimizer)]
+
+    def get_metrics_result(self):
+        """The results of the metric objects, by name. Values that only the record has are not among them."""
+        if model_step(self) is None:
+            return super().get_metrics_result()
+        found = {}
+        for metric in self.metrics:
+            if not isinstance(metric, terms.TermMetric):
+                result = metric.result()
+                found.update(result if isinstance(result, dict) else {metric.name: result})
+        return found
+
+    def run_step(self, kind, data):
+        """Runs `train_step`, `test_step` or `predict_step` on a batch, as the loop does.
+
+        Returns the step's row and its layout (see `loop/record.py`); for `"predict"` the predictions.
+        """
+        step = ModelStep(self, kind, data, self._updates.read_value())
+        with running(step), self._trainable_as_compiled():
+            with step.hearing():
+                returned = getattr(self, f"{kind}_step")(data)
+            if kind == "predict":
+                return returned
+            if kind == "train":
+                self._updates.assign_add(1)
+            lazily = getattr(type(self), f"{kind}_step") is getattr(Model, f"{kind}_step")
+            return step.row(returned, lazily)
+
+    # Compilation.
+
+    def compile(
+        self,
+        optimizer="rmsprop",
+        loss=None,
+        loss_weights=None,
+        metrics=None,
+        weighted_metrics=None,
+        run_eagerly=False,
+        steps_per_execution="auto",
+        jit_compile="auto",
+        auto_scale_loss=True,
+    ):
+        """As `keras.Model.compile`.
+
+        Args:
+            steps_per_execution: `"auto"` lets the loop choose how many steps run in one call; an int is obeyed.
+            jit_compile: `"auto"` lets the loop measure; `True` or `"step"` compiles the step with XLA, `"loop"`
+                whole chunks of steps, `False` nothing.
+
+        Raises `ValueError` for a learning rate that is not finite and for values that do not exist.
+        """
+        check_choice("jit_compile", jit_compile, ("auto", True, False, "step", "loop"))
+        check_steps_per_execution(steps_per_execution)
+        super().compile(
+            optimizer=optimizer,
+            loss=loss,
+            loss_weights=loss_weights,
+            metrics=metrics,
+            weighted_metrics=weighted_metrics,
+            run_eagerly=run_eagerly,
+            steps_per_execution=1,
+            jit_compile=False,
+            auto_scale_loss=auto_scale_loss,
+        )
+        check_learning_rate(self.optimizer)
+        self.__dict__["_choices"] = {"steps_per_execution": steps_per_execution, "jit_compile": jit_compile}
+        with tf.init_scope():
+            if self._updates is None:
+                self.__dict__["_updates"] = tf.Variable(0, dtype=tf.int64, trainable=False, name="updates")
+        self.__dict__["_loop"] = None
+        self.__dict__["_as_compiled"] = {
+            layer: (layer.trainable, [(v, v.trainable) for v in _keras.own_trainable_variables(layer)])
+            for _, layer in names.walk(self)
+            if isinstance(layer, keras.layers.Layer)
+        }
+
+    def get_compile_config(self):
+        config = super().get_compile_config()
+        return {**config, **self.__dict__.get("_choices", {})} if config else config
+
+    def compile_from_config(self, config):
+        """Compiles with what `get_compile_config` returned."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None and self.built:
+            self.optimizer.build(self.trainable_variables)
+
+    @contextlib.contextmanager
+    def _trainable_as_compiled(self):
+        """What is trained is what was trainable at `compile`, whatever other models did to the flags since."""
+        changed = [
+            (layer, layer.trainable, flag, variables)
+            for layer, (flag, variables) in self._as_compiled.items()
+            if layer.trainable != flag
+        ]
+        restore = []
+        try:
+            for layer, now, flag, variables in changed:
+                restore.append((layer, now, [(v, v.trainable) for v, _ in variables]))
+                _keras.set_trainable_flag(layer, flag, variables)
+            yield
+        finally:
+            for layer, flag, variables in restore:
+                _keras.set_trainable_flag(layer, flag, variables)
+
+    # The loop.
+
+    @property
+    def metrics(self):
+        """Metric objects: those of `compile`, then the model's own, then its layers', owners first."""
+        found = _keras.compiled_metrics(self)
+        for _, layer in names.walk(self):
+            if isinstance(layer, keras.layers.Layer):
+                own = [*_keras.own_metrics(layer), *terms.term_metrics(layer).values()]
+                found.extend(m for m in own if not any(m is other for other in found))
+        return found
+
+    @property
+    def metrics_names(self):
+        """The names of the values that `evaluate` returned; before that, those of the metric objects."""
+        return self.__dict__.get("_evaluated_names") or [m.name for m in self.metrics]
+
+    @property
+    def engine(self):
+        """The engine that the loop uses: `"eager"`, `"graph"`, `"jit"` or `"scan"`; `None` before a fit."""
+        return self._loop.engine if self._loop is not None else None
+
+    def reset_metrics(self):
+        """Resets every metric object, also those that an overridden `metrics` does not list."""
+        for metric in [*self.metrics, *Model.metrics.fget(self)]:
+            metric.reset_state()
+        if self._loop is not None:
+            self._loop.reset()
+
+    def extra_state(self):
+        """State beside weights, optimizers and seeds: the number of completed updates."""
+        return {} if self._updates is None else {"updates": self._updates}
+
+    def _get_loop(self):
+        if not self.compiled:
+            raise ValueError(
+                "You must call `compile()` before using the model: model.compile(optimizer=..., loss=...)."
+            )
+        if self._loop is None:
+            self.__dict__["_loop"] = fitting.Loop(ModelSteps(self))
+        return self._loop
+
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        epochs=1,
+        verbose="auto",
+        callbacks=None,
+        validation_split=0.0,
+        validation_data=None,
+        shuffle=True,
+        class_weight=None,
+        sample_weight=None,
+        initial_epoch=0,
+        steps_per_epoch=None,
+        validation_steps=None,
+        validation_batch_size=None,
+        validation_freq=1,
+    ):
+        """Trains the model. Arguments and result as in `keras.Model.fit`.
+
+        The order of shuffled arrays is a function of the seed (`tfloop.set_seed`) and the epoch.
+
+        Returns a `keras.callbacks.History`.
+        """
+        return self._get_loop().fit(
+            x,
+            y,
+            batch_size=batch_size,
+            epochs=epochs,
+            verbose=verbose,
+            callbacks=callbacks,
+            validation_split=validation_split,
+            validation_data=validation_data,
+            shuffle=shuffle,
+            class_weight=class_weight,
+            sample_weight=sample_weight,
+            initial_epoch=initial_epoch,
+            steps_per_epoch=steps_per_epoch,
+            validation_steps=validation_steps,
+            validation_batch_size=validation_batch_size,
+            validation_freq=validation_freq,
+        )
+
+    def evaluate(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        verbose="auto",
+        sample_weight=None,
+        steps=None,
+        callbacks=None,
+        return_dict=False,
+        **kwargs,
+    ):
+        """The loss and metrics on data. Arguments and result as in `keras.Model.evaluate`."""
+        if kwargs:
+            raise TypeError(f"evaluate() got unexpected arguments: {names.listing(kwargs)}.")
+        logs = self._get_loop().evaluate(
+            x, y, batch_size=batch_size, verbose=verbose, sample_weight=sample_weight, steps=steps, callbacks=callbacks
+        )
+        self.__dict__["_evaluated_names"] = list(logs)
+        return logs if return_dict else as_list(logs)
+
+    def predict(self, x, batch_size=None, verbose="auto", steps=None, callbacks=None):
+        """The outputs for data, as NumPy arrays. Changes no metric. As `keras.Model.predict`."""
+        if not self.compiled:
+            self.compile(loss=None)
+        return self._get_loop().predict(x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks)
+
+    def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
+        """One update on one batch. Returns running values, as Keras does, until `reset_metrics()`."""
+        logs = self._get_loop().on_batch("train", x, y, sample_weight, class_weight)
+        return logs if return_dict else as_list(logs)
+
+    def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
+        """Loss and metrics of one batch. Returns running values, as Keras does, until `reset_metrics()`."""
+        logs = self._get_loop().on_batch("test", x, y, sample_weight)
+        return logs if return_dict else as_list(logs)
+
+    def predict_on_batch(self, x):
+        """The outputs for one batch, as NumPy arrays."""
+        if not self.compiled:
+            self.compile(loss=None)
+        return self._get_loop().predict_on_batch(x)
+
+
+class FunctionalModel(Model, _keras.Functional):
+    """What `tfloop.Model(inputs, outputs)` makes: losses and metrics may be symbolic tensors of its graph.
+
+    Keras makes a class functional by rewriting its bases; on `tfloop.Model` that would change every model.
+    """
+
+    def __init__(self, inputs, outputs, name=None, **kwargs):
+        _keras.Functional.__init__(self, inputs, outputs, name=name, **kwargs)
+        self.__dict__["_symbolic"] = []  # (kind, KerasTensor, {"name": ...})
+
+    def _add_symbolic_loss(self, value, name, weight):
+        self._add_symbolic(("loss", value, {"name": name, "weight": weight}))
+
+    def _add_symbolic_metric(self, value, name, aggregation):
+        if any(kind == "metric" and extra["name"] == name for kind, _, extra in self._symbolic):
+            raise ValueError(terms.two_of_one_name(name))
+        self._add_symbolic(("metric", value, {"name": name, "aggregation": aggregation}))
+        terms.term_metric(self, name, aggregation)
+
+    def _add_symbolic(self, entry):
+        entries = [*self._symbolic, entry]
+        try:
+            # Tracked, so that layers that only a term needs are the model's too.
+            self._with_terms = keras.Model(self._inputs_struct, [self._outputs_struct, *(t for _, t, _ in entries)])
+        except ValueError as error:
+            raise ValueError(
+                f"add_{entry[0]}(name={entry[2]['name']!r}): the symbolic tensor is not connected to the inputs of "
+                f"the model ({names.listing(t.name for t in self.inputs)}). {error}"
+            ) from None
+        self.__dict__["_symbolic"] = entries
+        self._terms.version += 1
+
+    def call(self, inputs, training=None, mask=None, **kwargs):
+        if not self._symbolic:
+            return super().call(inputs, training=training, mask=mask, **kwargs)
+        outputs, *values = self._with_terms.call(inputs, training=training, mask=mask, **kwargs)
+        for (kind, _, extra), value in zip(self._symbolic, values, strict=True):
+            if kind == "loss":
+                self.add_loss(value, **extra)
+            else:
+                self.add_metric(value, **extra)
+        return outputs
+
+    def get_config(self):
+        config = super().get_config()
+        if self._symbolic:
+            config["with_terms"] = keras.saving.serialize_keras_object(self._with_terms)
+            config["terms"] = [
+                {"kind": kind, **{k: keras.saving.serialize_keras_object(v) for k, v in extra.items()}}
+                for kind, _, extra in self._symbolic
+            ]
+        return config
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        with_terms, entries = config.pop("with_terms", None), config.pop("terms", ())
+        if with_terms is None:
+            return super().from_config(config, custom_objects=custom_objects)
+        graph = keras.saving.deserialize_keras_object(with_terms, custom_objects=custom_objects)
+        outputs, *values = graph.output
+        model = cls(graph.input, outputs, name=config["name"], trainable=config.get("trainable", True))
+        for entry, value in zip(entries, values, strict=True):
+            extra = {k: keras.saving.deserialize_keras_object(v) for k, v in entry.items() if k != "kind"}
+            (model.add_loss if entry["kind"] == "loss" else model.add_metric)(value, **extra)
+        return model
+
+
+keras.saving.register_keras_serializable("tfloop", "Model")(FunctionalModel)
+
+
+class ModelSteps:
+    """A model as the loop sees it: something that has steps, state and terms."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def run(self, kind, batch):
+        return self.model.run_step(kind, batch)
+
+    def build(self, batch):
+        """Makes all variables, so that a step can be traced inside a loop."""
+        model = self.model
+        with running(Step("build")):
+            if type(model).call is not keras.Model.call:
+                _keras.symbolic_build(model, batch)
+            elif model.optimizer is not None and not model.optimizer.built and model.trainable_variables:
+                model.optimizer.build(model.trainable_variables)
+
+    def build_for_prediction(self, batch):
+        """Builds the layers alone: a batch to predict has no targets to build losses and metrics with."""
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
+        with running(Step("build")):
+            if type(self.model).call is not keras.Model.call and not self.model.built:
+                self.model(keras.tree.map_structure(lambda s: keras.KerasTensor(s.shape, s.dtype.name), x))
+
+    @property
+    def seed(self):
+        return reproducibility.current_seed() or 0
+
+    @property
+    def version(self):
+        return tuple((id(m), terms.registry(m).version) for _, m in names.walk(self.model) if hasattr(m, "_terms"))
+
+    @property
+    def eager(self):
+        return bool(self.model.run_eagerly) or tf.config.functions_run_eagerly()
+
+    @property
+    def choices(self):
+        return self.model._choices
+
+    @property
+    def updates(self):
+        return self.model._updates
+
+    def start(self):
+        """Called before training: an optimizer that has taken steps elsewhere sets the count of updates."""
+        optimizer = self.model.optimizer
+        if optimizer is not None and optimizer.built:
+            done = int(optimizer.iterations.numpy())
+            if done > int(self.updates.numpy()):
+                self.updates.assign(done)
+
+    def metric_variables(self):
+        return [v for m in Model.metrics.fget(self.model) for v in m.variables]
+
+    def publish(self, values):
+        """Sets the metric objects that stand for columns of the record."""
+        for _, layer in names.walk(self.model):
+            for name, metric in terms.term_metrics(layer).items():
+                if isinstance(metric, terms.TermMetric) and name in values and values[name] is not None:
+                    metric.record(values[name])
+        tracker = _keras.loss_tracker(self.model)
+        if tracker is not None and values.get("loss") is not None:
+            tracker.total.assign(values["loss"])
+            tracker.count.assign(1.0)
+
+
+def is_functional(args, kwargs):
+    """Whether a model's arguments are the inputs and outputs of a functional model."""
+    return len(args) == 2 or (len(args) == 1 and "outputs" in kwargs) or ("inputs" in kwargs and "outputs" in kwargs)
+
+
+def become_functional(cls):
+    """Puts `FunctionalModel` in the place of `Model` among the bases of a user's class."""
+    if cls is Model or not issubclass(cls, Model) or issubclass(cls, FunctionalModel):
+        return
+    for base in cls.__bases__:
+        become_functional(base)
+    cls.__bases__ = tuple(FunctionalModel if base is Model else base for base in cls.__bases__)
+
+
+def check_choice(name, value, choices):
+    if not any(value is c or (isinstance(c, str) and value == c) for c in choices):
+        raise ValueError(f"compile({name}={value!r}): expected one of {', '.join(repr(c) for c in choices)}.")
+
+
+def check_steps_per_execution(value):
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"compile(steps_per_execution={value!r}): expected 'auto' or a whole number, 1 or more.")
+
+
+def check_learning_rate(optimizer):
+    if optimizer is None:
+        return
+    rate = float(optimizer.learning_rate)
+    if not math.isfinite(rate):
+        raise ValueError(f"compile(): the optimizer's learning rate is {rate}. Expected a finite number.")
+
+
+def global_norm(gradients, scale):
+    """The global norm of unscaled gradients; slices of one row are summed first, as the update does."""
+    found = [tf.cast(tf.convert_to_tensor(g), tf.float32) for g in gradients if g is not None]
+    norm = tf.linalg.global_norm(found)
+    return norm if scale is None else norm / tf.cast(scale, tf.float32)
+
+
+def as_list(logs):
+    values = list(logs.values())
+    return values[0] if len(values) == 1 else values

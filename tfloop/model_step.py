@@ -1,0 +1,464 @@
+"""What one step of a model gathers, and the row it becomes.
+
+The step hears the layers (through a `Recorder`), the losses and metrics that `call` adds, the updates of
+optimizers and of metric objects. At its end the registry's metrics and watches are computed, and every
+scalar gets its name, in the order in which names are shown.
+"""
+
+import contextlib
+import dataclasses
+
+import keras
+import tensorflow as tf
+
+from tfloop import _keras, names, terms
+from tfloop.loop.record import Column, Layout, Result
+from tfloop.step import Step, current_step, running
+from tfloop.tensors import Lazy, MissingTensor, Recorder, Tensors, current_graph, flatten, recording
+
+_AFTER = "gradients and updates exist after the backward pass: a metric can have them, a loss cannot."
+
+
+class ModelStep(Step):
+    """One training or evaluation step of one model.
+
+    Args:
+        model: the `tfloop.Model`.
+        kind: `"train"`, `"test"` or `"predict"`.
+        data: the batch, as `train_step` gets it.
+        updates: int64 scalar, the number of completed updates.
+    """
+
+    def __init__(self, model, kind, data, updates):
+        super().__init__(kind)
+        self.model = model
+        self.updates = updates
+        self.size = batch_size_of(data)
+        self.recorder = Recorder(model)
+        self.loss = None  # what the model's own training step minimised
+        self.computed_loss = None  # what `compute_loss` gave last
+        self.loss_parts = {}  # name -> scalar, as they enter the loss
+        self.registry_losses_read = []
+        self._data = data
+        self._added_losses = []  # (scalar tensor, name, owner)
+        self._added_metrics = {}  # (id(owner), name) -> (owner, name, aggregation, values)
+        self._updated = []  # metric objects updated in this step
+        self._handed_over = []  # those whose results were given to add_metric
+        self._trained = model._terms.trained
+        self._paths = {id(layer): path for path, layer in names.walk(model)}
+        self._gradients, self._old_weights, self._new_weights = {}, {}, {}
+        self._graph = current_graph()
+
+    # What the step hears while it runs.
+
+    def note_loss(self, tensor, name, owner):
+        self._added_losses.append((tensor, name, owner))
+
+    def note_metric(self, owner, name, aggregation, value):
+        if self.kind == "predict":
+            return
+        if getattr(value, "graph", self._graph) is not self._graph:
+            # Made inside a tf.while_loop or tf.cond: the value cannot leave it, a variable's update can.
+            metric = terms.term_metric(owner, name, aggregation)
+            _keras.mark_results(metric)
+            metric.accumulate(value)
+            self.note_update(metric)
+            return
+        entry = self._added_metrics.setdefault((id(owner), name), (owner, name, aggregation, []))
+        entry[-1].append(value)
+
+    def note_apply(self, optimizer, gradients, variables):
+        """Keeps the unscaled gradients and the old values of the variables of one update."""
+        if variables is None:
+            variables = optimizer._trainable_variables
+        scale = _keras.loss_scale(optimizer)
+        for gradient, variable in zip(gradients, variables, strict=False):
+            if gradient is None:
+                continue
+            self._gradients[id(variable)] = Lazy(lambda g=gradient: unscaled(dense(g), scale))
+            self._old_weights.setdefault(id(variable), read(variable))
+
+    def note_update(self, metric):
+        if not self._was_updated(metric):
+            self._updated.append(metric)
+
+    def _was_updated(self, metric):
+        return any(metric is m for m in self._updated)
+
+    def note_handed_over(self, metric):
+        self._handed_over.append(metric)
+
+    # What losses and metrics see.
+
+    def batch(self):
+        x, y, sample_weight = unpack(self._data)
+        found = [*flatten("x", x), *flatten("y", y), *flatten("sample_weight", sample_weight)]
+        found += flatten("y_pred", self.recorder.output)
+        return dict(found)
+
+    def loss_tensors(self):
+        reasons = {**self.recorder.reasons, "gradients/": _AFTER, "updates/": _AFTER}
+        reasons["losses/"] = "a loss is part of them: a metric can have them, a loss cannot."
+        reasons |= _absent_batch(self._data)
+        return Tensors({**self.batch(), **self.recorder.values, **self._weights()}, reasons)
+
+    def metric_tensors(self):
+        by_id = {id(v): name for name, v in names.weight_names(self.model).items()}
+        values = {**self.batch(), **self.recorder.values}
+        values |= {f"losses/{name}": value for name, value in self.loss_parts.items()}
+        values |= self._weights()
+        reasons = {**self.recorder.reasons, **_absent_batch(self._data)}
+        variables = {id(v): v for v in names.weight_names(self.model).values()}
+        for key, gradient in self._gradients.items():
+            if key in by_id:
+                values[f"gradients/{by_id[key]}"] = gradient
+        for key, old in self._old_weights.items():
+            if key in by_id:
+                values[f"updates/{by_id[key]}"] = Lazy(lambda k=key, o=old: read(variables[k]) - o)
+        if not self.training:
+            reasons["gradients/"] = reasons["updates/"] = "there is no backward pass in evaluation."
+        else:
+            reasons["gradients/"] = reasons["updates/"] = (
+                "no loss reaches this weight, or the update did not go through `minimize` or an optimizer's `apply`."
+            )
+        return Tensors(values, reasons)
+
+    def _weights(self):
+        found = {}
+        for name, variable in names.weight_names(self.model).items():
+            old = self._old_weights.get(id(variable))
+            found[f"weights/{name}"] = old if old is not None else Lazy(lambda v=variable: read(v))
+        return found
+
+    # Losses.
+
+    def registry_losses(self):
+        """The weighted values of the losses registered on the model and on tfloop models inside it."""
+        found = []
+        tensors = self.loss_tensors()
+        for path, owner in self._owners():
+            view = tensors.below(path) if path else tensors
+            for term in terms.registry(owner).losses:
+                value = self._evaluate(term, view)
+                if value is not None:
+                    value = terms.mean_scalar(value, f"loss {term.name or terms.label(term.value)!r}")
+                    weight = tf.cast(terms.weight_at(term.weight, self.updates), value.dtype)
+                    found.append((value * weight, term.name, owner))
+        self.registry_losses_read = found
+        return [tensor for tensor, _, _ in found]
+
+    def named_losses(self, tensors):
+        """Splits loss tensors into `{name: sum}` of the named ones and a list of the others."""
+        known = {id(t): (name, owner) for t, name, owner in (*self._added_losses, *self.registry_losses_read)}
+        entries, others = [], []
+        for tensor in tensors:
+            name, owner = known.get(id(tensor), (None, None))
+            if name is None:
+                others.append(tensor)
+            else:
+                entries.append((name, owner, tensor))
+        owners = {}
+        for name, owner, _ in entries:
+            owners.setdefault(name, []).append(id(owner))
+        named = {}
+        for name, owner, tensor in entries:
+            key = name if len(set(owners[name])) == 1 else self._qualified(name, owner)
+            named[key] = named[key] + tensor if key in named else tensor
+        return named, others
+
+    # The row.
+
+    def row(self, returned, lazily):
+        """The step's scalars as one float vector, and the layout that says what they are.
+
+        Args:
+            returned: what `train_step` or `test_step` gave: a dict, possibly nested, or `None`.
+            lazily: whether results of metric objects are read once a chunk, and those that the step did not
+                return are shown too: true for the model's own step, false for a user's.
+        """
+        book = NameBook(self.model, self._qualified)
+        for name, value in self._loss_entries():
+            book.fixed(name, Column(name), value)
+        for name, value in self._returned_entries(returned, lazily):
+            book.fixed(name, *value)
+        if self.loss is None:
+            named, _ = self.named_losses([t for t, _, _ in (*self._added_losses, *self.registry_losses_read)])
+            for name, value in named.items():
+                book.fixed(name, Column(name), value)
+        for path, owner in names.walk(self.model):
+            if isinstance(owner, keras.layers.Layer):
+                for name, entry, value in self._metrics_of(path, owner, lazily):
+                    book.metric(name, owner, entry, value)
+        for column, value in self._watched():
+            book.watched(column, value)
+        return book.row(self.size, self.uncompilable)
+
+    def _loss_entries(self):
+        if self.loss is None:
+            return
+        yield "loss", self.loss
+        if len(self.loss_parts) > 1:
+            yield from self.loss_parts.items()
+
+    def _returned_entries(self, returned, lazily):
+        """`name, (Column, value)` or `name, (Result, None)` for what the user's or our own step returned."""
+        for name, value in flat_logs(returned):
+            metric, key = _keras.metric_of(value) or (None, None)
+            if isinstance(metric, terms.TermMetric) or (self.loss is not None and name == "loss"):
+                continue  # these have columns of their own
+            if metric is not None and metric is _keras.loss_tracker(self.model) and not self._was_updated(metric):
+                if self.computed_loss is not None:  # a step that leaves the tracker at 0 means the loss it computed
+                    yield name, (Column(name), self.computed_loss)
+                continue
+            if metric is not None and lazily:
+                if not self._is_attribute(metric):
+                    yield name, (Result(name, reader(metric, key)), None)
+            elif metric is not None:
+                yield name, (Column(name, "last"), scalar(value, "mean", name))
+            else:
+                yield name, (Column(name), scalar(value, "mean", name))
+
+    def _is_attribute(self, metric):
+        return any(metric is m for _, layer in names.walk(self.model) for m in _keras.own_metrics(layer))
+
+    def _metrics_of(self, path, owner, lazily):
+        """`(name, Column or Result, value)` of the metrics that belong to one layer, or to the model itself."""
+        for metric in _keras.own_metrics(owner):
+            if self._shows(metric, lazily):
+                yield from ((name, Result(name, read), None) for name, read in results_of(metric))
+        registered = {term.name: term for term in terms.registry(owner).metrics}
+        tensors = self.metric_tensors() if registered else None
+        view = tensors.below(path) if tensors and path else tensors
+        for name, metric in terms.term_metrics(owner).items():
+            if name in registered:
+                value = self._evaluate(registered[name], view)
+                if value is not None:
+                    term = registered[name]
+                    yield name, Column(name, term.aggregation), scalar(value, term.aggregation, name)
+            elif (id(owner), name) in self._added_metrics:
+                _, _, aggregation, values = self._added_metrics[id(owner), name]
+                yield name, Column(name, aggregation), combined(values, aggregation, name)
+            elif self._was_updated(metric):
+                yield from ((key, Result(key, read), None) for key, read in results_of(metric))
+
+    def _shows(self, metric, lazily):
+        """Metric objects that were not updated in the step are left out, rather than shown as 0."""
+        updated = self._was_updated(metric)
+        return updated and (lazily or any(metric is m for m in self._handed_over))
+
+    def _evaluate(self, term, tensors):
+        """The value of a registered term, or `None` in evaluation for one that only training has."""
+        key = (type(term).__name__, term.name, id(term.value))
+        try:
+            value = terms.evaluate(term.value, tensors)
+        except MissingTensor as missing:
+            if self.kind == "train" or not (key in self._trained or missing.only_training):
+                raise
+            return None
+        if self.kind == "train":
+            self._trained.add(key)
+        return value
+
+    def _watched(self):
+        """`(Column, value)` for every statistic that is watched; those with one interval under one condition."""
+        tensors = self.metric_tensors()
+        seen, due = set(), {}
+        for watch in self.model._terms.watches:
+            found = tensors.matching(watch.pattern)
+            if not found and self.kind == "train":
+                raise ValueError(
+                    f"watch({watch.pattern!r}) matches no tensor of the step. There is {names.listing(tensors, 60)}."
+                )
+            for name in found:
+                key = f"{name}/{watch.statistic.name}"
+                if key not in seen and is_numeric(tensors[name]):
+                    seen.add(key)
+                    due.setdefault(watch.every, []).append((key, watch.statistic, tensors[name]))
+        for every, entries in due.items():
+            columns = [Column(key, s.aggregation, every, s.width) for key, s, _ in entries]
+
+            def compute(entries=entries):
+                return [tf.cast(statistic(t), tf.float32) for _, statistic, t in entries]
+
+            def skip(columns=columns):
+                return [tf.fill([c.width] if c.width > 1 else [], float("nan")) for c in columns]
+
+            values = compute() if every == 1 else tf.cond(self.updates % every == 0, compute, skip)
+            yield from zip(columns, values, strict=True)
+
+    def _owners(self):
+        """`(path, model)` of the model and the tfloop models inside it that have terms."""
+        return [(p, layer) for p, layer in names.walk(self.model) if terms.registry(layer)]
+
+    def _qualified(self, name, owner):
+        path = self._paths.get(id(owner), getattr(owner, "name", ""))
+        return f"{path or self.model.name}/{name}"
+
+    @contextlib.contextmanager
+    def hearing(self):
+        """Lets the step hear what happens in this thread: layers, updates of optimizers and of metrics."""
+        for _, layer in names.walk(self.model):
+            for metric in _keras.own_metrics(layer):
+                _keras.mark_results(metric)
+        for metric in (*_keras.compiled_metrics(self.model), *self.model.metrics):
+            _keras.mark_results(metric)
+        with (
+            recording(self.recorder),
+            _keras.observing_updates(self.note_update),
+            _keras.observing_applies(self.note_apply),
+        ):
+            yield self
+
+
+def model_step(model):
+    """The `ModelStep` that runs in this thread, if it is one of this model."""
+    step = current_step()
+    return step if isinstance(step, ModelStep) and step.model is model else None
+
+
+class NameBook:
+    """Gives every scalar of a step its name.
+
+    What is fixed (the loss, its parts, what a step returned) keeps its name. A metric that clashes with it is
+    shown as `<owner's path or the model's name>/<name>`, and so are the metrics of layers that share a name.
+    """
+
+    def __init__(self, model, qualified):
+        self._model = model
+        self._qualified = qualified
+        self._fixed = {}  # name -> (Column or Result, value)
+        self._metrics = []  # (name, owner, Column or Result, value)
+        self._watched = []  # (Column, value)
+
+    def fixed(self, name, entry, value):
+        self._fixed.setdefault(name, (entry, value))
+
+    def metric(self, name, owner, entry, value):
+        self._metrics.append((name, owner, entry, value))
+
+    def watched(self, column, value):
+        self._watched.append((column, value))
+
+    def row(self, size, notes):
+        """The scalars as one vector, with the batch size in front, and their `Layout`."""
+        columns, results, values = [], [], []
+        named = self._named()
+        for name, (entry, value) in named.items():
+            entry = dataclasses.replace(entry, name=name)
+            if isinstance(entry, Result):
+                results.append(entry)
+            else:
+                columns.append(entry)
+                values.append(value)
+        order = tuple(n for n, (entry, _) in named.items() if getattr(entry, "width", 1) == 1)
+        dtype = tf.float64 if any(v.dtype == tf.float64 for v in values) else tf.float32
+        parts = [tf.reshape(tf.cast(size, dtype), [1])]
+        parts += [tf.reshape(tf.cast(v, dtype), [c.width]) for c, v in zip(columns, values, strict=True)]
+        return tf.concat(parts, 0), Layout(tuple(columns), tuple(results), order, tuple(notes))
+
+    def _named(self):
+        named = dict(self._fixed)
+        for name, owner, entry, value in self._metrics:
+            key = self._qualified(name, owner) if self._clashes(name, owner) else name
+            named[names.unique(key, named)] = (entry, value)
+        for column, value in self._watched:
+            named[names.unique(column.name, named)] = (column, value)
+        return named
+
+    def _clashes(self, name, owner):
+        shared = any(other is not owner for n, other, _, _ in self._metrics if n == name)
+        return name in self._fixed or (shared and owner is not self._model)
+
+
+def flat_logs(logs):
+    """`(name, value)` of what a step returned. Raises `TypeError` if it is no dict."""
+    if logs is None:
+        return
+    if not isinstance(logs, dict):
+        raise TypeError(
+            f"A step must return a dict of names and scalars, got {type(logs).__name__}: {logs!r}. "
+            'For example: return {"loss": loss}.'
+        )
+    for name, value in logs.items():
+        if isinstance(value, dict):
+            yield from flat_logs(value)
+        elif value is not None:
+            yield name, value
+
+
+def scalar(value, aggregation, name):
+    return combined([value], aggregation, name)
+
+
+def combined(values, aggregation, name):
+    """The step's value of a metric that was added once or several times: over all elements of all values."""
+    tensors = [as_float(terms.as_number(v, f"metric {name!r}")) for v in values]
+    if aggregation == "last":
+        return tf.reduce_mean(tensors[-1])
+    if aggregation in ("min", "max"):
+        reduce = {"min": tf.reduce_min, "max": tf.reduce_max}[aggregation]
+        return reduce(tf.stack([reduce(t) for t in tensors]))
+    if len(tensors) == 1 and tensors[0].shape.rank == 0:
+        return tensors[0]
+    total = tf.add_n([tf.reduce_sum(t) for t in tensors])
+    if aggregation == "sum":
+        return total
+    return total / tf.cast(tf.add_n([tf.size(t) for t in tensors]), total.dtype)
+
+
+def as_float(tensor):
+    """Float32, unless it is float64: metrics are never less than float32."""
+    return tensor if tensor.dtype in (tf.float32, tf.float64) else tf.cast(tensor, tf.float32)
+
+
+def is_numeric(tensor):
+    return tensor.dtype.is_floating or tensor.dtype.is_integer or tensor.dtype.is_bool
+
+
+def results_of(metric):
+    """`(name, function that reads the value)` of a metric object; one of each key where it gives a dict."""
+    value = metric.result()
+    if isinstance(value, dict):
+        return [(key, reader(metric, key)) for key in value]
+    return [(metric.name, reader(metric, None))]
+
+
+def reader(metric, key):
+    return lambda: tf.reduce_mean(
+        as_float(tf.convert_to_tensor(metric.result() if key is None else metric.result()[key]))
+    )
+
+
+def dense(gradient):
+    return tf.convert_to_tensor(gradient)  # sums what an IndexedSlices has for one row
+
+
+def unscaled(gradient, scale):
+    return gradient if scale is None else gradient / tf.cast(scale, gradient.dtype)
+
+
+def read(variable):
+    """The variable's value at this point of the step, in its own dtype whatever the autocast scope says."""
+    value = variable.value if isinstance(variable, keras.Variable) else variable
+    return value.read_value() if isinstance(value, tf.Variable) else tf.convert_to_tensor(value)
+
+
+def unpack(data):
+    """`(x, y, sample_weight)`; a batch of another shape is all `x`, as the user's step makes of it what it will."""
+    try:
+        return keras.utils.unpack_x_y_sample_weight(data)
+    except ValueError:
+        return data, None, None
+
+
+def _absent_batch(data):
+    parts = dict(zip(("x", "y", "sample_weight"), unpack(data), strict=True))
+    return {name: "the batch has none." for name, value in parts.items() if value is None}
+
+
+def batch_size_of(data):
+    """The number of examples in a batch: the first dimension of its first tensor."""
+    for leaf in keras.tree.flatten(data):
+        if leaf is not None and getattr(leaf.shape, "rank", len(leaf.shape)) != 0:
+            return tf.shape(leaf)[0]
+    return tf.constant(1)
