@@ -11,7 +11,6 @@ import weakref
 
 import keras
 from keras.src.backend.common import global_state
-from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.backend.common.symbolic_scope import get_symbolic_scope
 from keras.src.backend.common.variables import register_uninitialized_variable

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tfloop import _keras, names, terms
 from tfloop.loop.record import Column, Layout, Result
-from tfloop.step import Step, current_step, running
+from tfloop.step import Step, current_step
 from tfloop.tensors import Lazy, MissingTensor, Recorder, Tensors, current_graph, flatten, recording
 
 _AFTER = "gradients and updates exist after the backward pass: a metric can have them, a loss cannot."

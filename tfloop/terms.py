@@ -13,9 +13,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfloop import names
-from tfloop.step import current_step
 from tfloop.statistics import Statistic, check_aggregation, get_statistic
+from tfloop.step import current_step
 
 
 @dataclasses.dataclass(frozen=True)

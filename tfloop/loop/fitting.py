@@ -275,10 +275,33 @@ class Pace:
             self._count = max(1, min(self.most, wanted, 8 * self._count))
 
 
-def Hooks(callbacks, model, **params):
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        return callbacks
-    return keras.callbacks.CallbackList(callbacks, add_history=True, add_progbar=False, model=model, **params)
+class Hooks:
+    """The callbacks of a fit. `hooks.on_epoch_end(epoch, logs)` calls that of each, in order.
+
+    Keras' own `CallbackList` would sort the logs by name; here they keep the order in which they are shown.
+    """
+
+    def __init__(self, callbacks, model, **params):
+        if not isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks = keras.callbacks.CallbackList(
+                callbacks, add_history=True, add_progbar=False, model=model, **params
+            )
+        self.callbacks = callbacks.callbacks
+
+    def __getattr__(self, name):
+        if not name.startswith("on_"):
+            raise AttributeError(name)
+
+        def call(*args):
+            for callback in self.callbacks:
+                getattr(callback, name)(*(dict(a) if isinstance(a, dict) else a for a in args))
+
+        return call
+
+
+def nested(verbose):
+    """How much an evaluation inside an epoch shows: a bar while it runs, and no line of its own."""
+    return verbose if verbose in (1, "auto", "bar") else 0
 
 
 def wants_batches(callback, kind="train"):

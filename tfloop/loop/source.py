@@ -331,7 +331,7 @@ class ReadAhead:
             for item in iterable:
                 if not self._put((item, None)):
                     return
-        except BaseException as error:  # noqa: BLE001  handed to the consumer, who raises it
+        except BaseException as error:
             self._put((None, error))
         else:
             self._put((self._END, None))
