@@ -16,7 +16,6 @@ from tfloop.runs import files
 from tfloop.runs.writers.append_file import AppendFile, cut_after
 from tfloop.runs.writers.writer import Writer
 
-
 FIELDS = frozenset(("split", "step", "epoch", "nonfinite"))
 
 
