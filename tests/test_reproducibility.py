@@ -65,9 +65,7 @@ def everything():
 
 def functional():
     x = keras.Input((4,))
-    y = layers.Dense(2)(layers.Dropout(0.5)(layers.Dense(3, name="dense_1")(x))) + layers.Dense(2)(
-        x
-    )
+    y = layers.Dense(2)(layers.Dropout(0.5)(layers.Dense(3, name="dense_1")(x))) + layers.Dense(2)(x)
     model = keras.Model(x, y)
     model.compile("adam", "mse", metrics=["mae"])
     model.optimizer.build(model.trainable_variables)
@@ -208,6 +206,19 @@ def test_a_snapshot_is_a_copy_and_restores_every_bit():
     assert fingerprint(model) != before
     assign(variables, saved)
     assert fingerprint(model) == before
+
+
+def test_a_reader_reads_what_a_snapshot_does_as_it_is_at_each_call():
+    model = everything()
+    variables = state_variables(model)
+    read = reproducibility.Reader(variables)
+    first = read()
+    assert first_difference(first, snapshot(variables)) is None
+    for variable in variables.values():
+        value = snapshot({"v": variable})["v"]
+        variable.assign(value + np.ones((), value.dtype))
+    assert first_difference(read(), snapshot(variables)) is None
+    assert first_difference(first, read()) is not None, "the first was copied out"
 
 
 def test_the_first_difference_names_the_variable_and_how_much():

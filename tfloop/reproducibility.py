@@ -60,9 +60,7 @@ def state_variables(model):
     `optimizer/momentums/encoder/dense/kernel`), then what the model offers in a method
     `extra_state() -> {name: variable}`.
     """
-    layers = [
-        (path, layer) for path, layer in _walk(model) if isinstance(layer, keras.layers.Layer)
-    ]
+    layers = [(path, layer) for path, layer in _walk(model) if isinstance(layer, keras.layers.Layer)]
     state = _Names()
     for path, layer in layers:
         for name, variable in _numbered(names.own_weights(layer)):
@@ -120,6 +118,23 @@ def set_random_state(state):
 
 
 # What they hold
+
+
+class Reader:
+    """Reads named variables again and again, all in one call: one by one each costs some 40 us.
+
+    `Reader(variables)()` is `snapshot(variables)`. Variables made later are not among them.
+    """
+
+    def __init__(self, variables):
+        self._names = list(variables)
+        values = [v.value if isinstance(v, keras.Variable) else v for v in variables.values()]
+        self._read = tf.function(lambda: [tf.identity(value) for value in values])
+
+    def __call__(self):
+        """`name -> array`, copied out."""
+        values = self._read()
+        return {n: np.asarray(value.numpy()) for n, value in zip(self._names, values, strict=True)}
 
 
 def snapshot(variables):
