@@ -151,7 +151,7 @@ class Adding:
     def __call__(self, *args, **kwargs):
         for metric in _keras.own_metrics(self):
             _keras.mark_results(metric)
-        return super().__call__(*args, **kwargs)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]  # that of the layer this is mixed into
 
     def _refuse(self, what):
         raise ValueError(

@@ -152,12 +152,8 @@ class Model(Adding, keras.Model):
         """
         del x, training
         compiled = self._compiled_losses(y, y_pred, sample_weight)
-        named, others = self.losses, []
         step = model_step(self)
-        if step is not None:
-            named, others = step.named_losses(named)
-        else:
-            named, others = {}, named
+        named, others = ({}, self.losses) if step is None else step.named_losses(self.losses)
         parts = {**compiled, **{(n if n not in compiled else f"{self.name}/{n}"): v for n, v in named.items()}}
         if others:
             parts["other_losses"] = tf.add_n([terms.mean_scalar(v, "an added loss") for v in others])
@@ -375,12 +371,7 @@ class Model(Adding, keras.Model):
     @property
     def metrics(self):
         """Metric objects: those of `compile`, then the model's own, then its layers', owners first."""
-        found = _keras.compiled_metrics(self)
-        for _, layer in names.walk(self):
-            if isinstance(layer, keras.layers.Layer):
-                own = [*_keras.own_metrics(layer), *terms.term_metrics(layer).values()]
-                found.extend(m for m in own if not any(m is other for other in found))
-        return found
+        return all_metrics(self)
 
     @property
     def metrics_names(self):
@@ -394,10 +385,8 @@ class Model(Adding, keras.Model):
 
     def reset_metrics(self):
         """Resets every metric object, also those that an overridden `metrics` does not list."""
-        for metric in [*self.metrics, *Model.metrics.fget(self)]:
+        for metric in {id(m): m for m in [*self.metrics, *all_metrics(self)]}.values():
             metric.reset_state()
-        if self._loop is not None:
-            self._loop.reset()
 
     def extra_state(self):
         """State beside weights, optimizers and seeds: the number of completed updates."""
@@ -484,12 +473,12 @@ class Model(Adding, keras.Model):
         return self._get_loop().predict(x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks)
 
     def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
-        """One update on one batch. Returns running values, as Keras does, until `reset_metrics()`."""
+        """One update on one batch. Returns the batch's loss and metrics, as Keras does."""
         logs = self._get_loop().on_batch("train", x, y, sample_weight, class_weight)
         return logs if return_dict else as_list(logs)
 
     def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
-        """Loss and metrics of one batch. Returns running values, as Keras does, until `reset_metrics()`."""
+        """The loss and metrics of one batch."""
         logs = self._get_loop().on_batch("test", x, y, sample_weight)
         return logs if return_dict else as_list(logs)
 
@@ -625,7 +614,7 @@ class ModelSteps:
                 self.updates.assign(done)
 
     def metric_variables(self):
-        return [v for m in Model.metrics.fget(self.model) for v in m.variables]
+        return [v for m in all_metrics(self.model) for v in m.variables]
 
     def publish(self, values):
         """Sets the metric objects that stand for columns of the record."""
@@ -637,6 +626,15 @@ class ModelSteps:
         if tracker is not None and values.get("loss") is not None:
             tracker.total.assign(values["loss"])
             tracker.count.assign(1.0)
+
+
+def all_metrics(model):
+    """The metric objects of a model and everything below it, whatever an overridden `metrics` lists."""
+    found = {id(m): m for m in _keras.compiled_metrics(model)}
+    for _, layer in names.walk(model):
+        if isinstance(layer, keras.layers.Layer):
+            found |= {id(m): m for m in (*_keras.own_metrics(layer), *terms.term_metrics(layer).values())}
+    return list(found.values())
 
 
 def is_functional(args, kwargs):

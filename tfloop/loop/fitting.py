@@ -22,11 +22,7 @@ class Loop:
     def __init__(self, steps):
         self._steps = steps
         self._runner = Runner(steps)
-        self._batches = Aggregate()  # of `train_on_batch` and `test_on_batch`, until metrics are reset
         self.engine = None
-
-    def reset(self):
-        self._batches = Aggregate()
 
     # Training.
 
@@ -241,8 +237,10 @@ class Loop:
             self._steps.start()
         engine = "eager" if self._steps.eager else "graph"
         first = int(self._steps.updates.numpy())
-        self._batches.add(self._runner.run_batch(engine, kind, data, first))
-        logs = self._batches.values()
+        self._steps.model.reset_metrics()
+        aggregate = Aggregate()
+        aggregate.add(self._runner.run_batch(engine, kind, data, first))
+        logs = aggregate.values()
         self._steps.publish(logs)
         return logs
 
@@ -293,8 +291,10 @@ class Hooks:
             raise AttributeError(name)
 
         def call(*args):
+            logs = args[-1] if args and isinstance(args[-1], dict) else None
+            where = args[:-1] if logs is not None else args
             for callback in self.callbacks:
-                getattr(callback, name)(*(dict(a) if isinstance(a, dict) else a for a in args))
+                getattr(callback, name)(*where, None if logs is None else dict(logs))
 
         return call
 

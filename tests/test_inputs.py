@@ -1,0 +1,288 @@
+"""Every form of data that Keras takes gives the same training, and bad data one clear error."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import tfloop
+
+X = np.random.default_rng(0).normal(size=(10, 3)).astype("float32")
+Y = np.random.default_rng(1).normal(size=(10, 2)).astype("float32")
+
+
+def regression(**compiled):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((3,))
+    model = tfloop.Model(inputs, layers.Dense(2)(inputs))
+    model.compile("sgd", "mse", **compiled)
+    return model
+
+
+def batches():
+    for i in range(0, 10, 4):
+        yield X[i : i + 4], Y[i : i + 4]
+
+
+class Pairs(keras.utils.PyDataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return X[4 * i : 4 * i + 4], Y[4 * i : 4 * i + 4]
+
+
+class Loader:
+    """As a torch loader: iterable, with a length, giving lists."""
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return (list(batch) for batch in batches())
+
+
+FORMS = {
+    "arrays": lambda: (X, Y),
+    "float64": lambda: (X.astype("float64"), Y.astype("float64")),
+    "lists of numbers": lambda: (X.tolist(), Y.tolist()),
+    "tensors": lambda: (tf.constant(X), tf.constant(Y)),
+    "variables": lambda: (tf.Variable(X), keras.Variable(Y)),
+    "dataset": lambda: (tf.data.Dataset.from_tensor_slices((X, Y)).batch(4),),
+    "dataset of unknown length": lambda: (tf.data.Dataset.from_tensor_slices((X, Y)).batch(4).filter(lambda *b: True),),
+    "generator": lambda: (batches(),),
+    "PyDataset": lambda: (Pairs(),),
+    "loader": lambda: (Loader(),),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mode", [{}, {"run_eagerly": True}, {"steps_per_execution": 2}])
+def test_every_form_trains_alike(form, mode):
+    model = regression(**mode)
+    batch_size = 4 if form in list(FORMS)[:5] else None
+    history = model.fit(*FORMS[form](), batch_size=batch_size, shuffle=False, verbose=0).history
+    reference = regression(run_eagerly=True)
+    losses = [reference.train_on_batch(x, y) for x, y in batches()]
+    np.testing.assert_allclose(history["loss"], losses[-1:], rtol=1e-5)
+    np.testing.assert_allclose(model.get_weights()[0], reference.get_weights()[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_evaluates_and_predicts_alike(form):
+    model = regression()
+    data = FORMS[form]
+    expected = np.mean((X @ model.get_weights()[0] - Y) ** 2)
+    np.testing.assert_allclose(model.evaluate(*data(), verbose=0), expected, rtol=1e-5)
+    np.testing.assert_allclose(model.predict(data()[0], verbose=0), X @ model.get_weights()[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dict", "list", "tuple"])
+def test_structures_of_inputs_and_targets(kind):
+    a, b = keras.Input((3,), name="a"), keras.Input((3,), name="b")
+    outputs = [layers.Dense(2, name="p")(a), layers.Dense(1, name="q")(b)]
+    model = tfloop.Model([a, b], outputs)
+    model.compile("sgd", ["mse", "mae"])
+    x = {"dict": {"a": X, "b": 2 * X}, "list": [X, 2 * X], "tuple": (X, 2 * X)}[kind]
+    y = [Y, Y[:, :1]]
+    history = model.fit(x, y, epochs=2, batch_size=4, verbose=0).history
+    assert list(history) == ["loss", "p_loss", "q_loss"]
+    np.testing.assert_allclose(history["loss"], np.add(history["p_loss"], history["q_loss"]), rtol=1e-6)
+    p, q = model.predict(x, verbose=0)
+    assert p.shape == (10, 2)
+    assert q.shape == (10, 1)
+
+
+def test_sample_and_class_weights_weigh():
+    labels = np.arange(10) % 2
+    model = tfloop.Model(i := keras.Input((3,)), layers.Dense(1)(i))
+    model.compile(keras.optimizers.SGD(0.0), "mse", weighted_metrics=["mae"])
+    target = labels[:, None].astype("float32")
+    error = (X @ model.get_weights()[0] - target)[:, 0] ** 2
+    weights = np.linspace(0, 1, 10).astype("float32")
+    by_sample = model.fit(X, target, sample_weight=weights, batch_size=10, verbose=0).history
+    np.testing.assert_allclose(by_sample["loss"][0], np.mean(error * weights), rtol=1e-5)
+    by_class = model.fit(X, target, class_weight={0: 1.0, 1: 3.0}, batch_size=10, verbose=0).history
+    np.testing.assert_allclose(by_class["loss"][0], np.mean(error * np.where(labels, 3, 1)), rtol=1e-5)
+
+
+def test_validation_split_is_the_last_part_and_is_not_trained_on():
+    model = regression()
+    history = model.fit(X, Y, validation_split=0.2, epochs=1, batch_size=8, shuffle=False, verbose=0).history
+    reference = regression()
+    reference.fit(X[:8], Y[:8], batch_size=8, shuffle=False, verbose=0)
+    np.testing.assert_allclose(history["val_loss"][0], reference.evaluate(X[8:], Y[8:], verbose=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("frequency", [2, [1, 4]])
+def test_validation_freq(frequency):
+    history = regression().fit(X, Y, epochs=4, validation_data=(X, Y), validation_freq=frequency, verbose=0).history
+    assert len(history["val_loss"]) == 2
+    assert len(history["loss"]) == 4
+
+
+def test_initial_epoch_and_epochs():
+    seen = []
+    log = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: seen.append(epoch))
+    regression().fit(X, Y, initial_epoch=2, epochs=5, callbacks=[log], verbose=0)
+    assert seen == [2, 3, 4]
+
+
+def test_steps_per_epoch_goes_on_where_the_last_epoch_ended():
+    class Remember(tfloop.Model):
+        def call(self, x):
+            self.add_metric(x[0, 0], name="first")
+            self.add_loss(0.0 * ops_mean(x))
+            return x
+
+    model = Remember()
+    model.compile("sgd")
+    data = np.arange(12, dtype="float32")[:, None]
+    with pytest.warns(UserWarning, match="trainable"):
+        history = model.fit(data, batch_size=2, steps_per_epoch=2, epochs=4, shuffle=False, verbose=0).history
+    assert history["first"] == [1.0, 5.0, 9.0, 1.0]  # means of the first examples of batches 0-1, 2-3, 4-5, 0-1
+
+
+def ops_mean(x):
+    return keras.ops.mean(x)
+
+
+def test_an_endless_generator_needs_steps_per_epoch_and_goes_on():
+    def endless():
+        i = 0
+        while True:
+            yield np.full((2, 3), i, "float32"), np.zeros((2, 2), "float32")
+            i += 1
+
+    model = regression()
+    model.add_metric(lambda t: keras.ops.mean(t["x"]), name="x_mean")
+    history = model.fit(endless(), steps_per_epoch=3, epochs=3, verbose=0).history
+    assert history["x_mean"] == [1.0, 4.0, 7.0]
+
+
+def test_a_generator_that_ends_early_warns_and_ends_the_epoch():
+    with pytest.warns(UserWarning, match="ran out of data"):
+        history = regression().fit(batches(), steps_per_epoch=5, verbose=0).history
+    assert len(history["loss"]) == 1
+
+
+class Order(tfloop.Model):
+    """Logs which example each step saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(1)
+        self.seen = []
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def orders(shuffle, epochs=2, seed=0, **fit):
+    tfloop.set_seed(seed)
+    model = Order()
+    model.add_metric(lambda t: t["x"][0, 0], name="x", aggregation="last")
+    model.compile("sgd", "mse")
+    data = np.arange(12, dtype="float32")[:, None]
+    log = []
+    spy = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: log.append(logs["x"]))
+    model.fit(data, data, batch_size=1, shuffle=shuffle, epochs=epochs, callbacks=[spy], verbose=0, **fit)
+    return np.reshape(log, (-1, 12))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    first, again, other = orders(True), orders(True), orders(True, seed=1)
+    np.testing.assert_array_equal(first, again)
+    assert (first[0] != first[1]).any()
+    assert (first != other).any()
+    np.testing.assert_array_equal(np.sort(first, axis=1), np.tile(np.arange(12), (2, 1)))
+    np.testing.assert_array_equal(orders(True, initial_epoch=1), first[1:])
+
+
+def test_without_shuffle_the_order_is_the_datas():
+    np.testing.assert_array_equal(orders(False), np.tile(np.arange(12), (2, 1)))
+
+
+BAD = {
+    "unequal lengths": (lambda m: m.fit(X, Y[:7], verbose=0), "x: 10, y: 7"),
+    "empty arrays": (lambda m: m.fit(X[:0], Y[:0], verbose=0), "0 examples"),
+    "empty dataset": (lambda m: m.fit(tf.data.Dataset.from_tensor_slices((X[:0], Y[:0])).batch(2), verbose=0), "empty"),
+    "empty generator": (lambda m: m.fit(iter(()), verbose=0), "no batch"),
+    "no data": (lambda m: m.fit(verbose=0), "`x` is None"),
+    "y beside a dataset": (lambda m: m.fit(tf.data.Dataset.from_tensors((X, Y)), Y, verbose=0), "`y` cannot be given"),
+    "batch_size 0": (lambda m: m.fit(X, Y, batch_size=0, verbose=0), "batch_size=0"),
+    "epochs -1": (lambda m: m.fit(X, Y, epochs=-1, verbose=0), "epochs=-1"),
+    "split 1.5": (lambda m: m.fit(X, Y, validation_split=1.5, verbose=0), "validation_split=1.5"),
+    "endless dataset": (
+        lambda m: m.fit(tf.data.Dataset.from_tensors((X, Y)).repeat(), verbose=0),
+        "infinite",
+    ),
+    "words": (lambda m: m.fit(np.array([object()] * 10), Y, verbose=0), "no kind of data"),
+    "targets missing": (lambda m: m.fit(X, verbose=0), "needs targets"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_data_are_one_clear_error_and_nothing_is_trained(case):
+    model = regression()
+    before = model.get_weights()[0]
+    call, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        call(model)
+    np.testing.assert_array_equal(model.get_weights()[0], before)
+    assert int(model.optimizer.iterations) == 0
+
+
+def test_training_needs_a_loss():
+    model = tfloop.Model(i := keras.Input((3,)), layers.Dense(2)(i))
+    model.compile("sgd")
+    with pytest.raises(ValueError, match="add one: model.add_loss"):
+        model.fit(X, Y, verbose=0)
+
+
+def test_training_needs_compile():
+    model = tfloop.Model(i := keras.Input((3,)), layers.Dense(2)(i))
+    with pytest.raises(ValueError, match="compile"):
+        model.fit(X, Y, verbose=0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"optimizer": keras.optimizers.SGD(float("nan"))},
+        {"jit_compile": "fast"},
+        {"steps_per_execution": 0},
+        {"steps_per_execution": True},
+    ],
+    ids=str,
+)
+def test_compile_refuses_what_cannot_be(arguments):
+    model = tfloop.Model(i := keras.Input((3,)), layers.Dense(2)(i))
+    with pytest.raises(ValueError):
+        model.compile(**{"optimizer": "sgd", "loss": "mse", **arguments})
+
+
+def test_predict_needs_no_compile_and_changes_no_metric():
+    model = regression()
+    model.add_metric(lambda t: keras.ops.mean(t["y_pred"]), name="mean")
+    model.fit(X, Y, verbose=0)
+    before = [float(m.result()) for m in model.metrics if m.name in ("loss", "mean")]
+    model.predict(X, verbose=0)
+    assert [float(m.result()) for m in model.metrics if m.name in ("loss", "mean")] == before
+    fresh = tfloop.Model(i := keras.Input((3,)), layers.Dense(2)(i))
+    assert fresh.predict(X, verbose=0).shape == (10, 2)
+
+
+def test_single_batches_as_in_keras():
+    mine = regression()
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((3,))
+    keras_model = keras.Model(inputs, layers.Dense(2)(inputs))
+    keras_model.compile("sgd", "mse", metrics=["mae"])
+    mine.compile("sgd", "mse", metrics=["mae"])
+    for x, y in batches():
+        np.testing.assert_allclose(mine.train_on_batch(x, y), keras_model.train_on_batch(x, y), rtol=1e-5)
+    np.testing.assert_allclose(mine.test_on_batch(X, Y), keras_model.test_on_batch(X, Y), rtol=1e-5)
+    assert list(mine.test_on_batch(X, Y, return_dict=True)) == ["loss", "mae"]
+    np.testing.assert_allclose(mine.predict_on_batch(X), keras_model.predict_on_batch(X), rtol=1e-5)
