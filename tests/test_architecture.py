@@ -17,7 +17,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 ROWS = (
     ("_keras",),
     ("names", "step", "progress progress_line progress_display"),
-    ("statistics", "tensors", "reproducibility", "averaging weight_sources", "batch_norm"),
+    (
+        "statistics",
+        "tensors",
+        "reproducibility",
+        "averaging weight_sources",
+        "batch_norm",
+        "numpy_loss finite_differences",
+        "prediction",
+    ),
     ("terms", "weights"),  # a weight knows no loss
     ("layer", "loop"),  # the loop knows a model only as something with steps, state and terms
     ("model model_step",),

@@ -67,9 +67,7 @@ def test_average_is_that_of_the_snapshots_that_were_due(kind, start, every, due)
     model, running = network(), WeightAverage(kind, start=start, every=every, decay=0.7)
     history = trained(model, running, 10)
     assert int(running.count) == len(due)
-    for got, want in zip(
-        values(running), expected([history[i] for i in due], running), strict=True
-    ):
+    for got, want in zip(values(running), expected([history[i] for i in due], running), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
 
 
@@ -77,9 +75,7 @@ def test_mean_of_snapshots_is_numpys_mean():
     model, running = network(), WeightAverage("swa")
     history = trained(model, running, 10)
     for i, got in enumerate(values(running)):
-        np.testing.assert_allclose(
-            got, np.mean([h[i] for h in history[1:]], 0), rtol=1e-5, atol=1e-7
-        )
+        np.testing.assert_allclose(got, np.mean([h[i] for h in history[1:]], 0), rtol=1e-5, atol=1e-7)
 
 
 def test_compiled_step_gives_the_same_average():
@@ -203,9 +199,7 @@ def test_validation_uses_the_average_when_asked_and_there():
             assert running.swapped == swapped
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"kind": "mean"}, {"start": -1}, {"every": 0}, {"every": 1.5}, {"decay": 1.0}]
-)
+@pytest.mark.parametrize("arguments", [{"kind": "mean"}, {"start": -1}, {"every": 0}, {"every": 1.5}, {"decay": 1.0}])
 def test_wrong_arguments_are_refused(arguments):
     with pytest.raises(ValueError, match=str(next(iter(arguments.values())))):
         WeightAverage(**arguments)

@@ -79,16 +79,16 @@ class NumpyCode:
         note = f"numpy_loss {self.name!r}"
         if step is not None and note not in step.uncompilable:
             step.uncompilable.append(note)
-        inputs = [not_half(tf.convert_to_tensor(x)) for x in inputs]
-        places = [i for i, x in enumerate(inputs) if x.dtype.is_floating]
-        shape = None if tf.executing_eagerly() else self.output_shape(inputs)
+        tensors = [not_half(tf.convert_to_tensor(x)) for x in inputs]
+        places = [i for i, x in enumerate(tensors) if x.dtype.is_floating]
+        shape = None if tf.executing_eagerly() else self.output_shape(tensors)
 
         @tf.custom_gradient
         def compute(*floats):
-            arrays = list(inputs)
+            arrays = list(tensors)
             for place, value in zip(places, floats, strict=True):
                 arrays[place] = value
-            value = in_python(functools.partial(self.value, shape), arrays, dtype_of(inputs))
+            value = in_python(functools.partial(self.value, shape), arrays, dtype_of(tensors))
             value.set_shape(shape)
 
             def backward(upstream):
@@ -99,8 +99,8 @@ class NumpyCode:
             return value, backward
 
         if not places:
-            return in_python(functools.partial(self.value, shape), inputs, tf.float32)
-        return compute(*(inputs[place] for place in places))
+            return in_python(functools.partial(self.value, shape), tensors, tf.float32)
+        return compute(*(tensors[place] for place in places))
 
     def given_gradients(self, upstream, arrays, places):
         dtypes = [arrays[place].dtype for place in places]
@@ -217,8 +217,8 @@ class Symbolic(keras.Operation):
         return self.code(*inputs)
 
     def compute_output_spec(self, *inputs):
-        inputs = [tf.TensorSpec(x.shape, x.dtype) for x in inputs]
-        return keras.KerasTensor(self.code.output_shape(inputs), dtype_of(inputs).name)
+        specs = [tf.TensorSpec(x.shape, x.dtype) for x in inputs]
+        return keras.KerasTensor(self.code.output_shape(specs), dtype_of(specs).name)
 
 
 def in_python(run, arrays, dtypes, stateful=True):

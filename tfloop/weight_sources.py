@@ -29,18 +29,14 @@ def read(source, model):
         raise FileNotFoundError(f"There is no {path}.")
     if path.name.endswith((".keras", ".weights.h5")):
         return of_file(path, model)
-    raise ValueError(
-        f"{path}: expected a model, a checkpoint folder, a .keras or a .weights.h5 file."
-    )
+    raise ValueError(f"{path}: expected a model, a checkpoint folder, a .keras or a .weights.h5 file.")
 
 
 def of_model(source, model):
     """By position: the names of two models built from the same code may differ by a counter."""
     theirs, ours = source.weights, model.weights
     if len(theirs) != len(ours):
-        raise ValueError(
-            f"{source.name!r} has {len(theirs)} weights, {model.name!r} has {len(ours)}."
-        )
+        raise ValueError(f"{source.name!r} has {len(theirs)} weights, {model.name!r} has {len(ours)}.")
     for their, our in zip(theirs, ours, strict=True):
         if tuple(their.shape) != tuple(our.shape):
             raise ValueError(
@@ -90,9 +86,7 @@ def layout(path, without=()):
             weights.visititems(note)
             return shapes
     except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path} is not a Keras weights file, or it is damaged: {error}"
-        ) from error
+        raise ValueError(f"{path} is not a Keras weights file, or it is damaged: {error}") from error
 
 
 def refuse_difference(path, theirs, ours):
@@ -103,8 +97,7 @@ def refuse_difference(path, theirs, ours):
     ]
     if differences:
         raise ValueError(
-            f"{path} holds other weights than the model ({len(differences)} differ): "
-            + "; ".join(differences[:5])
+            f"{path} holds other weights than the model ({len(differences)} differ): " + "; ".join(differences[:5])
         )
 
 
