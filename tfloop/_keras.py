@@ -364,6 +364,11 @@ def unlocked(layer):
             tracker.lock()
 
 
+def untrack(layer, sublayer):
+    """Takes a sublayer out of a layer's books; deleting the attribute alone leaves it there."""
+    layer._tracker.untrack(sublayer)
+
+
 def has_own_build(layer):
     """Whether the layer's class says how to build it; if not, Keras builds it by a symbolic call."""
     return not getattr(layer.build, "_is_default", False)

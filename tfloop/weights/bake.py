@@ -1,0 +1,86 @@
+"""Baking: a plain Keras model that has the effective weights as its weights."""
+
+import keras
+
+from tfloop import _keras
+from tfloop.weights.effective import detach, is_parametrized, owned_weights
+from tfloop.weights.forward import effective_value
+
+WRAPPERS = ("tfloop>Parametrized", "tfloop>SpectralNormalization")
+FUNCTIONAL = {
+    "module": _keras.Functional.__module__,
+    "class_name": _keras.Functional.__name__,
+    "registered_name": _keras.Functional.__name__,
+}
+FUNCTIONAL_KEYS = ("name", "trainable", "layers", "input_layers", "output_layers")
+
+
+def bake(model):
+    """A plain Keras model with the same outputs, and no parametrisation in it.
+
+    Args:
+        model: a functional, Sequential or registered subclassed Keras model, built, with parametrised weights
+            (or without: then a plain copy).
+
+    Returns a new model that is not compiled: wrappers are gone, a functional `tfloop.Model` is a
+    `keras.Model`, and each parametrised weight has its effective value. Its file can be loaded where tfloop
+    is not installed, if the layers of your own that it holds can.
+
+    Raises `ValueError` if the model is not built, and what Keras raises if the model cannot be made from its
+    config (a subclassed model needs `get_config`).
+
+    ```python
+    model = keras.Sequential([keras.Input((3,)), tfloop.SpectralNormalization(layers.Dense(2))])
+    plain = tfloop.bake(model)
+    x = np.ones((4, 3), "float32")
+    np.testing.assert_allclose(plain(x), model(x), rtol=1e-5)
+    assert type(plain.layers[0]) is layers.Dense
+    ```
+    """
+    if not model.built:
+        raise ValueError(f"bake({model.name!r}): the model is not built. Call it on data, or build it, first.")
+    baked = keras.saving.deserialize_keras_object(plain(keras.saving.serialize_keras_object(model)))
+    copy_weights(model, baked)
+    return baked
+
+
+def plain(config):
+    """A serialised object without tfloop: wrappers replaced by what they wrap, models by Keras' own."""
+    if isinstance(config, list | tuple):
+        return [plain(item) for item in config]
+    if not isinstance(config, dict):
+        return config
+    if config.get("registered_name") in WRAPPERS:
+        return unwrapped(config)
+    config = {key: plain(item) for key, item in config.items() if key != "compile_config"}
+    if "input_layers" in config:  # the config of a functional model
+        config.pop("parametrizations", None)
+    if is_ours(config):
+        kept = {key: config["config"][key] for key in FUNCTIONAL_KEYS if key in config["config"]}
+        return {**config, **FUNCTIONAL, "config": kept}
+    return config
+
+
+def unwrapped(entry):
+    """What a wrapper wraps, in its place in the graph and under its name."""
+    layer = plain(entry["config"]["layer"])
+    place = {key: entry[key] for key in ("name", "inbound_nodes") if key in entry}
+    name = entry["config"]["name"]
+    return {**layer, **place, "config": {**layer["config"], "name": name}}
+
+
+def is_ours(config):
+    module, inner = config.get("module") or "", config.get("config")
+    return module.split(".")[0] == "tfloop" and isinstance(inner, dict) and "input_layers" in inner
+
+
+def copy_weights(model, baked):
+    """Gives the baked model the effective weights, and takes from it what it parametrised by itself."""
+    for owner, variable in owned_weights(baked).values():
+        if is_parametrized(variable):
+            detach(owner, variable)
+    targets = [variable for _, variable in owned_weights(baked).values()]
+    for (path, (_, source)), target in zip(owned_weights(model).items(), targets, strict=True):
+        if source.shape != target.shape:
+            raise ValueError(f"bake: {path!r} has shape {source.shape}, in the copy {target.shape}.")
+        target.assign(effective_value(source) if is_parametrized(source) else source)

@@ -1,0 +1,145 @@
+"""The effective weight: what a forward pass reads in place of a parametrised variable's raw weight.
+
+A variable has a regulariser, a constraint and, here, a list of parametrisations, applied in order. Optimizers,
+regularisers, constraints and files read and write the raw weight; only a running layer sees the effective one.
+"""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfloop import _keras, names
+from tfloop.weights.forward import compute_dtype, current_forward_pass, effective_value, enter_at
+from tfloop.weights.parametrization import Parametrization
+
+
+class ParametrizedVariable(keras.Variable):
+    """A Keras variable whose value, while a layer is called, is its effective weight.
+
+    A variable that gets a parametrisation changes its class to this one. Reading is all that changes:
+    scopes around the layer, replayed updates and losses added again are not needed, and what a layer
+    assigns, adds or draws inside `call` goes where it always goes.
+    """
+
+    @property
+    def value(self):
+        forward = current_forward_pass()
+        if forward is None or _keras.in_symbolic_scope():
+            return super().value
+        return _keras.autocast(self, forward.effective(self))
+
+
+def is_parametrized(variable):
+    return isinstance(variable, ParametrizedVariable)
+
+
+def attach(owner, variable, parametrizations, path):
+    """Gives a variable further parametrisations, applied after those that it has.
+
+    Args:
+        owner: the layer to which the variable belongs. Their state becomes part of it, under names such
+            as `kernel_spectral_norm/u`.
+        variable: its weight, of a floating dtype.
+        parametrizations: list of `Parametrization`, taken as patterns: the variable gets copies.
+        path: the weight's name in messages.
+    """
+    check(variable, path)
+    old, new = list(getattr(variable, "parametrizations", ())), [p.fresh() for p in parametrizations]
+    for parametrization in new:
+        parametrization.dtype_policy = compute_dtype(variable.dtype)
+        parametrization.bind(owner, variable)
+        parametrization.build(tuple(variable.shape))
+        parametrization.trainable = variable.trainable
+    _keras.when_initialized(variable, lambda: begin(variable, old, new, path))
+    for parametrization in new:
+        with _keras.unlocked(owner):
+            setattr(owner, free_name(owner, f"{variable.name}_{parametrization.kind}"), parametrization)
+    variable.parametrizations = [*old, *new]
+    variable.__class__ = ParametrizedVariable
+    enter_at(owner)
+
+
+def detach(owner, variable):
+    """Makes a parametrised variable a plain one again; the raw weight stays."""
+    for name, value in list(vars(owner).items()):
+        if any(value is p for p in variable.parametrizations):
+            _keras.untrack(owner, value)
+            delattr(owner, name)
+    del variable.parametrizations
+    variable.__class__ = keras.Variable
+
+
+def begin(variable, old, new, path):
+    """Sets raw weight and state so that the effective weight is what it was, where that can be."""
+    with tf.init_scope():
+        stored = numpy_value(variable, old)
+        check_shape(stored, new, path)
+        raw = begin_at(stored, new)
+        if raw is not stored:
+            variable.assign(begin_at(raw, old))
+
+
+def begin_at(weight, parametrizations):
+    """Sets the states of a list for an effective weight, and returns the raw weight that it wants."""
+    for parametrization in reversed(parametrizations):
+        weight, state = parametrization.start(weight)
+        parametrization.assign_state(state)
+    return weight
+
+
+def warm_start_variable(variable):
+    """Fits the non-trainable state (`u`) of a variable's parametrisations to its weight as it is now."""
+    for index, parametrization in enumerate(variable.parametrizations):
+        value = numpy_value(variable, variable.parametrizations[:index])
+        parametrization.assign_state(parametrization.warm_start(value))
+
+
+def numpy_value(variable, parametrizations):
+    """The raw weight taken through some parametrisations, as an array of float32 or float64."""
+    value = np.asarray(_keras.stored_value(variable))
+    if parametrizations:
+        value = effective_value(variable, parametrizations=parametrizations).numpy()
+    return value.astype(np.promote_types(value.dtype if value.dtype.kind == "f" else "f4", "f4"), copy=False)
+
+
+def check(variable, path):
+    if not keras.backend.is_float_dtype(variable.dtype):
+        raise TypeError(f"{path!r} has dtype {variable.dtype}: only a weight of a floating dtype can be parametrised.")
+    if type(variable) not in (keras.Variable, ParametrizedVariable):
+        raise TypeError(f"{path!r} is a {type(variable).__name__}, which reads its value in its own way.")
+
+
+def check_shape(weight, parametrizations, path):
+    value = weight
+    for parametrization in parametrizations:
+        value = tf.convert_to_tensor(parametrization(tf.constant(value)))
+        if value.shape != weight.shape:
+            raise ValueError(
+                f"{type(parametrization).__name__} makes a weight of shape {tuple(value.shape)} from {path!r}, "
+                f"whose shape is {weight.shape}: a parametrisation keeps the shape."
+            )
+
+
+def free_name(layer, name):
+    """`name`, or `name_1`, `name_2`, ... where the layer has such an attribute."""
+    candidate, count = name, 0
+    while hasattr(layer, candidate):
+        count += 1
+        candidate = f"{name}_{count}"
+    return candidate
+
+
+def owned_weights(model):
+    """`path -> (owner, variable)` for every weight below a model or layer that is no parametrisation's."""
+    paths = {id(v): path for path, v in names.weight_names(model).items()}
+    return {
+        paths[id(v)]: (owner, v)
+        for _, owner in names.walk(model)
+        if not isinstance(owner, Parametrization)
+        for v in names.own_weights(owner)
+    }
+
+
+def parametrized_weights(model):
+    """`path -> variable` for the parametrised weights below a model or layer."""
+    return {p: v for p, (_, v) in owned_weights(model).items() if is_parametrized(v)}
