@@ -204,6 +204,21 @@ def test_a_folder_with_files_of_others_is_never_deleted(tmp_path):
     assert checkpoints.steps() == [1, 2]
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_fail_the_new_one(tmp_path, monkeypatch, caplog):
+    checkpoints = filled(tmp_path, [1])
+    checkpoints.keep = 1
+
+    def rename(source, target):
+        if ".trash" in str(target):
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        os.replace(source, target)
+
+    monkeypatch.setattr(module.os, "rename", rename)
+    checkpoints.save(2, state(2), {}, wait=True)
+    assert checkpoints.steps() == [1, 2]
+    assert "cannot be deleted" in caplog.text
+
+
 # Killed
 
 
@@ -224,6 +239,16 @@ def test_killed_within_a_save_the_old_or_the_new_one_is_there(tmp_path, point):
     assert np.all(restored.tensors["w"] == restored.step)
     checkpoints.save(4, state(4), {}, wait=True)
     assert checkpoints.steps()[-1] == 4
+
+
+def test_the_kill_does_hit_a_half_written_file(tmp_path):
+    saver(tmp_path, "half of the tensors", "1,2")
+    assert names(tmp_path / ".writing-step-0000000002") == [checkpoint_file.TENSORS]
+    half, whole = (
+        (tmp_path / name / checkpoint_file.TENSORS).stat().st_size
+        for name in (".writing-step-0000000002", "step-0000000001")
+    )
+    assert half < whole
 
 
 def test_killed_within_the_first_save_is_as_never_started(tmp_path):

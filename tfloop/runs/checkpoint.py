@@ -237,7 +237,10 @@ class Checkpoints:
             retained.add((min if mode == "min" else max)(scores, key=lambda name: scores[name]))
         for name in contents:
             if name not in retained:
-                self._delete(name)
+                try:
+                    self._delete(name)
+                except OSError as error:  # the new one is there all the same
+                    logging.warning("%s cannot be deleted: %s", self.folder / name, error)
 
     def _delete(self, name):
         """Deletes a checkpoint's two files. A folder that holds anything else stays as it is."""
