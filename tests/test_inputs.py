@@ -65,7 +65,7 @@ def test_every_form_trains_alike(form, mode):
     history = model.fit(*FORMS[form](), batch_size=batch_size, shuffle=False, verbose=0).history
     reference = regression(run_eagerly=True)
     losses = [reference.train_on_batch(x, y) for x, y in batches()]
-    np.testing.assert_allclose(history["loss"], losses[-1:], rtol=1e-5)
+    np.testing.assert_allclose(history["loss"], [np.average(losses, weights=[4, 4, 2])], rtol=1e-5)
     np.testing.assert_allclose(model.get_weights()[0], reference.get_weights()[0], rtol=1e-5)
 
 
@@ -237,7 +237,7 @@ def test_bad_data_are_one_clear_error_and_nothing_is_trained(case):
 def test_training_needs_a_loss():
     model = tfloop.Model(i := keras.Input((3,)), layers.Dense(2)(i))
     model.compile("sgd")
-    with pytest.raises(ValueError, match="add one: model.add_loss"):
+    with pytest.raises(ValueError, match="add one"):
         model.fit(X, Y, verbose=0)
 
 
