@@ -21,7 +21,7 @@ ROWS = (
         "statistics",
         "tensors",
         "reproducibility",
-        "averaging weight_sources",
+        "averaging",
         "batch_norm",
         "numpy_loss finite_differences",
         "prediction",
@@ -30,6 +30,7 @@ ROWS = (
     ("layer", "loop"),  # the loop knows a model only as something with steps, state and terms
     ("model model_step",),
     ("runs",),
+    ("weight_mean",),  # reads checkpoints of a run
 )
 PLACES = {module: (row, part) for row, parts in enumerate(ROWS) for part in parts for module in part.split()}
 

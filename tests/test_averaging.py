@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras import layers, ops
 
 from tfloop import names
-from tfloop.averaging import WeightAverage, average, averaged
+from tfloop.averaging import WeightAverage, averaged
 from tfloop.batch_norm import reestimate_batch_norm
 
 
@@ -210,105 +210,3 @@ def test_keras_own_fit_is_told_what_is_missing():
     model.compile("sgd", "mse")
     with pytest.raises(TypeError, match=r"tfloop\.Model"):
         model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0, callbacks=[WeightAverage()])
-
-
-def sources(folder, count=3):
-    """Models with their weights, and every way in which they can be saved."""
-    models = [network(seed) for seed in range(count)]
-    for seed, model in enumerate(models):
-        model.compile("adam", "mse")
-        model.fit(np.ones((4, 3)) * seed, np.ones((4, 2)), verbose=0)
-    models[0].save(folder / "a.keras")
-    models[1].save_weights(folder / "b.weights.h5")
-    return models, [folder / "a.keras", str(folder / "b.weights.h5"), models[2]]
-
-
-def test_average_over_models_and_files_is_numpys_mean(tmp_path):
-    models, mixed = sources(tmp_path)
-    target = network(seed=9)
-    average(target, mixed)
-    for i, weight in enumerate(target.weights):
-        want = np.mean([np.array(m.weights[i], "float64") for m in models], 0)
-        np.testing.assert_allclose(weight, want, rtol=1e-6, atol=1e-8)
-
-
-def test_average_over_files_leaves_the_optimizer_alone(tmp_path):
-    models, mixed = sources(tmp_path)
-    target = models[2]
-    before = [v.numpy().copy() for v in target.optimizer.variables]
-    average(target, mixed)
-    for variable, value in zip(target.optimizer.variables, before, strict=True):
-        np.testing.assert_array_equal(variable, value)
-
-
-def test_average_with_itself_changes_nothing(tmp_path):
-    model = network()
-    before = [w.numpy().copy() for w in model.weights]
-    average(model, [model, model])
-    for weight, value in zip(model.weights, before, strict=True):
-        np.testing.assert_array_equal(weight, value)
-
-
-@pytest.mark.parametrize("units", [(3,), (3, 4, 2)])
-def test_average_refuses_other_architectures_and_changes_nothing(tmp_path, units):
-    other = keras.Sequential([keras.Input((3,)), *(layers.Dense(n) for n in units)])
-    other.save_weights(tmp_path / "other.weights.h5")
-    other.save(tmp_path / "other.keras")
-    model = network()
-    before = [w.numpy().copy() for w in model.weights]
-    for source in (other, tmp_path / "other.weights.h5", tmp_path / "other.keras"):
-        with pytest.raises(ValueError, match="weights"):
-            average(model, [model, source])
-    for weight, value in zip(model.weights, before, strict=True):
-        np.testing.assert_array_equal(weight, value)
-
-
-def test_larger_file_is_refused_not_read_in_part(tmp_path):
-    larger = keras.Sequential([network(), layers.Dense(2)])
-    larger.build((None, 3))
-    larger = keras.Sequential([*network().layers, layers.Dense(2)])
-    larger.build((None, 3))
-    larger.save_weights(tmp_path / "larger.weights.h5")
-    with pytest.raises(ValueError, match=r"layers/dense_2/vars/0: \(2, 2\) in the file, missing"):
-        average(network(), [tmp_path / "larger.weights.h5"])
-
-
-def test_shapes_are_named_when_they_differ():
-    other = network()
-    wider = keras.Sequential(
-        [
-            keras.Input((3,)),
-            layers.Dense(5, name="wide"),
-            layers.BatchNormalization(),
-            layers.Dense(2),
-        ]
-    )
-    with pytest.raises(ValueError, match=r"wide/kernel'.*\(3, 5\).*\(3, 4\)"):
-        average(other, [wider])
-
-
-def test_damaged_and_missing_files_are_refused(tmp_path):
-    (tmp_path / "bad.weights.h5").write_bytes(b"nothing")
-    (tmp_path / "bad.keras").write_bytes(b"nothing")
-    for name in ("bad.weights.h5", "bad.keras"):
-        with pytest.raises(ValueError, match=f"{name} is not a Keras weights file"):
-            average(network(), [tmp_path / name])
-    with pytest.raises(FileNotFoundError):
-        average(network(), [tmp_path / "none.weights.h5"])
-    with pytest.raises(ValueError, match=r"\.weights\.h5"):
-        average(network(), [tmp_path])
-
-
-def test_sources_are_a_list_and_not_empty(tmp_path):
-    with pytest.raises(TypeError, match="list"):
-        average(network(), "a.weights.h5")
-    with pytest.raises(ValueError, match="empty"):
-        average(network(), [])
-
-
-def test_no_code_of_a_keras_file_is_run(tmp_path):
-    model = keras.Sequential([keras.Input((3,)), layers.Lambda(lambda x: x), layers.Dense(2)])
-    model.save(tmp_path / "code.keras")
-    same = keras.Sequential([keras.Input((3,)), layers.Lambda(lambda x: x), layers.Dense(2)])
-    average(same, [tmp_path / "code.keras"])  # load_model would refuse, or run the function
-    np.testing.assert_array_equal(same.weights[0], model.weights[0])

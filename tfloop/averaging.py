@@ -1,7 +1,7 @@
-"""Averages of weights: running ones, kept while a model trains, and the mean over saved models.
+"""The running average of a model's weights, kept while it trains.
 
-A running average is a second copy of the trainable weights (in float32 at least) and the number of
-snapshots in it. It moves inside the compiled step, right after the update, so that it costs a copy
+It is a second copy of the trainable weights (in float32 at least) and the number of snapshots in
+it. It moves inside the compiled step, right after the update, so that it costs a copy
 when a snapshot is due and nothing when none is.
 
 BatchNorm statistics belong to the weights they were measured with. An average of weights keeps the
@@ -9,13 +9,12 @@ model's, which are those of the last weights: see `tfloop.reestimate_batch_norm`
 """
 
 import contextlib
-import pathlib
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tfloop import names, weight_sources
+from tfloop import names
 
 KINDS = ("swa", "ema")
 
@@ -206,38 +205,3 @@ def averaged(model):
         yield model
     finally:
         average.swap_out(saved)
-
-
-def average(model, sources):
-    """Sets the model's weights to the mean over the sources.
-
-    `sources`: models of the same architecture, checkpoint folders of a run, `.keras` and
-    `.weights.h5` files, in any mixture. Of files only the weights are read: no code, no optimizer.
-    The mean is taken in float64, over every weight of a floating dtype, BatchNorm statistics
-    included (`tfloop.reestimate_batch_norm` gives those of the averaged weights); others, such as
-    counters, stay as they are in the model.
-
-    Raises `ValueError` if a source has other weights than the model, and leaves the model as it
-    was.
-
-    ```python
-    a, b = (keras.Sequential([keras.Input((3,)), layers.Dense(2)]) for _ in range(2))
-    a.save_weights("/tmp/a.weights.h5")
-    tfloop.average(b, ["/tmp/a.weights.h5", b])
-    ```
-    """
-    if isinstance(sources, str | pathlib.PurePath | keras.Model):
-        raise TypeError(f"sources={sources!r}: expected a list of models and paths.")
-    sources = list(sources)
-    if not sources:
-        raise ValueError("There is nothing to average: sources is empty.")
-    if not model.built:
-        raise ValueError(f"{model.name!r} has no weights yet: build it before setting them.")
-    floats = [keras.backend.is_float_dtype(w.dtype) for w in model.weights]
-    sums = [np.zeros(w.shape, "float64") for w in model.weights]
-    for source in sources:
-        for total, value in zip(sums, weight_sources.read(source, model), strict=True):
-            total += value
-    for weight, total, is_float in zip(model.weights, sums, floats, strict=True):
-        if is_float:
-            weight.assign(total / len(sources))

@@ -1,4 +1,4 @@
-"""Where a model's weights can be read from: another model, a checkpoint folder, a Keras file.
+"""The mean of weights over models, checkpoints of a run and Keras' files.
 
 Only arrays are read. No code comes from a file, nothing is unpickled, and a source that does not
 hold exactly the model's weights is refused before any is used.
@@ -15,6 +15,44 @@ import h5py
 import keras
 import numpy as np
 
+from tfloop import reproducibility
+from tfloop.runs import checkpoint_file
+
+
+def average(model, sources):
+    """Sets the model's weights to the mean over the sources.
+
+    `sources`: models of the same architecture, checkpoint folders of a run, `.keras` and
+    `.weights.h5` files, in any mixture. Of files only the weights are read: no code, no optimizer.
+    The mean is taken in float64, over every weight of a floating dtype, BatchNorm statistics
+    included (`tfloop.reestimate_batch_norm` gives those of the averaged weights); others, such as
+    counters, stay as they are in the model.
+
+    Raises `ValueError` if a source has other weights than the model, and leaves the model as it
+    was.
+
+    ```python
+    a, b = (keras.Sequential([keras.Input((3,)), layers.Dense(2)]) for _ in range(2))
+    a.save_weights("/tmp/a.weights.h5")
+    tfloop.average(b, ["/tmp/a.weights.h5", b])
+    ```
+    """
+    if isinstance(sources, str | pathlib.PurePath | keras.Model):
+        raise TypeError(f"sources={sources!r}: expected a list of models and paths.")
+    sources = list(sources)
+    if not sources:
+        raise ValueError("There is nothing to average: sources is empty.")
+    if not model.built:
+        raise ValueError(f"{model.name!r} has no weights yet: build it before setting them.")
+    floats = [keras.backend.is_float_dtype(w.dtype) for w in model.weights]
+    sums = [np.zeros(w.shape, "float64") for w in model.weights]
+    for source in sources:
+        for total, value in zip(sums, read(source, model), strict=True):
+            total += value
+    for weight, total, is_float in zip(model.weights, sums, floats, strict=True):
+        if is_float:
+            weight.assign(total / len(sources))
+
 
 def read(source, model):
     """The weights of `source` in the order of `model.weights`, as a list of arrays.
@@ -27,6 +65,8 @@ def read(source, model):
     path = pathlib.Path(source)
     if not path.exists():
         raise FileNotFoundError(f"There is no {path}.")
+    if (path / checkpoint_file.MANIFEST).exists():
+        return of_checkpoint(path, model)
     if path.name.endswith((".keras", ".weights.h5")):
         return of_file(path, model)
     raise ValueError(f"{path}: expected a model, a checkpoint folder, a .keras or a .weights.h5 file.")
@@ -44,6 +84,20 @@ def of_model(source, model):
                 f"{our.path!r} of {model.name!r} has {tuple(our.shape)}."
             )
     return [np.array(w.numpy()) for w in theirs]
+
+
+def of_checkpoint(path, model):
+    """By the names of the model's state. What else a checkpoint holds (optimizers, seeds) is not read."""
+    state = reproducibility.state_variables(model)
+    names = {id(variable): name for name, variable in state.items()}
+    wanted = {names[id(w)]: tuple(w.shape) for w in model.weights}
+    try:
+        content = checkpoint_file.verify(path)
+        refuse_difference(path, {n: t.shape for n, t in content.tensors.items() if n in wanted}, wanted)
+        arrays = checkpoint_file.read_tensors(path, content, list(wanted))
+    except checkpoint_file.Damaged as error:
+        raise ValueError(f"{path} is no whole checkpoint: {error}.") from error
+    return [arrays[name] for name in wanted]
 
 
 def of_file(path, model):
