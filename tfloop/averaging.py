@@ -36,7 +36,7 @@ class WeightAverage(keras.callbacks.Callback):
     Raises `ValueError` for a kind, start, interval or decay that there is not.
 
     ```python
-    model = tfloop.Model(*(lambda x: (x, layers.Dense(1)(x)))(keras.Input((3,))))
+    model = tfloop.Model(x := keras.Input((3,)), layers.Dense(1)(x))
     model.compile(optimizer="sgd", loss="mse")
     x, y = np.ones((8, 3), "float32"), np.ones((8, 1), "float32")
     model.fit(x, y, epochs=2, verbose=0, callbacks=[tfloop.WeightAverage("ema", decay=0.9)])

@@ -131,7 +131,7 @@ def layout(path, without=()):
                 archive = stack.enter_context(zipfile.ZipFile(path))
                 file = io.BytesIO(archive.read("model.weights.h5"))
             weights = stack.enter_context(h5py.File(file, "r"))
-            shapes: dict[str, tuple] = {}
+            shapes: dict[str, object] = {}
 
             def note(name, item):
                 if isinstance(item, h5py.Dataset) and name.split("/")[0] not in without:
