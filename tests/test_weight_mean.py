@@ -8,6 +8,7 @@ from keras import layers
 from tfloop import reproducibility
 from tfloop.runs import checkpoint_file
 from tfloop.weight_mean import average
+from tfloop.weights.wrapper import SpectralNormalization
 
 
 def network(seed=0):
@@ -61,6 +62,17 @@ def test_average_with_itself_changes_nothing(tmp_path):
     average(model, [model, model])
     for weight, value in zip(model.weights, before, strict=True):
         np.testing.assert_array_equal(weight, value)
+
+
+def test_spectral_norm_of_the_mean_is_one():
+    models = []
+    for seed in range(2):
+        keras.utils.set_random_seed(seed)
+        layer = SpectralNormalization(layers.Dense(4))
+        models.append(keras.Sequential([keras.Input((3,)), layer]))
+    average(models[0], models)
+    kernel = models[0].layers[0].effective_weights()["kernel"]
+    np.testing.assert_allclose(np.linalg.norm(kernel, 2), 1.0, rtol=2e-3)
 
 
 @pytest.mark.parametrize("units", [(3,), (3, 4, 2)])

@@ -195,7 +195,8 @@ def averaged(model):
 
     Every byte is restored, under an exception too, and so is what was changed inside the block.
     Training inside it is refused. The state that is no trainable weight stays the model's: use
-    `tfloop.reestimate_batch_norm` inside the block for the BatchNorm statistics of the average.
+    `tfloop.reestimate_batch_norm` inside the block for the BatchNorm statistics of the average, and
+    `tfloop.warm_start` for the `u` of its spectral norms.
 
     Raises `ValueError` if the model has no average or no snapshot yet, `RuntimeError` if nested.
     """

@@ -17,6 +17,7 @@ import numpy as np
 
 from tfloop import reproducibility
 from tfloop.runs import checkpoint_file
+from tfloop.weights.parametrize import warm_start
 
 
 def average(model, sources):
@@ -26,7 +27,7 @@ def average(model, sources):
     `.weights.h5` files, in any mixture. Of files only the weights are read: no code, no optimizer.
     The mean is taken in float64, over every weight of a floating dtype, BatchNorm statistics
     included (`tfloop.reestimate_batch_norm` gives those of the averaged weights); others, such as
-    counters, stay as they are in the model.
+    counters, stay as they are in the model. Parametrisations are warm-started afterwards.
 
     Raises `ValueError` if a source has other weights than the model, and leaves the model as it
     was.
@@ -52,6 +53,7 @@ def average(model, sources):
     for weight, total, is_float in zip(model.weights, sums, floats, strict=True):
         if is_float:
             weight.assign(total / len(sources))
+    warm_start(model)  # the mean of two u is the u of neither
 
 
 def read(source, model):
