@@ -38,6 +38,7 @@ BOOKKEEPING_ATTRIBUTES = frozenset(
         "_compiled_trainable_state",
         "_seed_generators",
         "_compile_config",
+        "_with_terms",
     }
 )
 

@@ -10,7 +10,8 @@ import warnings
 import keras
 import tensorflow as tf
 
-from tfloop import _keras, names, reproducibility, terms
+from tfloop import _keras, names, reproducibility, terms, weights
+from tfloop.averaging import WeightAverage
 from tfloop.layer import Adding
 from tfloop.loop import fitting
 from tfloop.model_step import ModelStep, model_step
@@ -46,6 +47,8 @@ class Model(Adding, keras.Model):
         made.__dict__["_updates"] = None
         made.__dict__["_loop"] = None
         made.__dict__["_as_compiled"] = {}
+        made.__dict__["_averages"] = []
+        made.__dict__["_running_average"] = None
         return made
 
     def __init__(self, *args, **kwargs):
@@ -116,6 +119,33 @@ class Model(Adding, keras.Model):
         ```
         """
         self._terms.watch(pattern, statistic, every)
+
+    # Weights.
+
+    def parametrize(self, pattern, parametrization):
+        """Parametrises every weight whose path matches: it is normalised before use, from now on.
+
+        Args:
+            pattern: `fnmatch` pattern of weight paths (`"discriminator/*/kernel"`), or of variable names.
+            parametrization: a `tfloop.Parametrization`, its name, a function, or a list of them.
+
+        Returns the paths it matched; on a model that is not built, an empty list, and it applies at build.
+
+        Raises `ValueError` when nothing matches, with the weights there are.
+
+        ```python
+        model = tfloop.Model(x := keras.Input((4,)), layers.Dense(2, name="code")(x))
+        assert model.parametrize("*/kernel", tfloop.SpectralNorm()) == ["code/kernel"]
+        np.testing.assert_allclose(np.linalg.norm(model.effective_weights()["code/kernel"], 2), 1.0, rtol=1e-2)
+        ```
+        """
+        found = weights.parametrize(self, pattern, parametrization)
+        self._terms.version += 1
+        return found
+
+    def effective_weights(self):
+        """`path -> tensor` of what the forward pass uses for every parametrised weight."""
+        return weights.effective_weights(self)
 
     # One step.
 
@@ -286,7 +316,9 @@ class Model(Adding, keras.Model):
             if kind == "predict":
                 return returned
             if kind == "train":
-                self._updates.assign_add(1)
+                updates = self._updates.assign_add(1, read_value=True)
+                for average in self._averages:
+                    average.update(updates)
             lazily = getattr(type(self), f"{kind}_step") is getattr(Model, f"{kind}_step")
             return step.row(returned, lazily)
 
@@ -389,8 +421,9 @@ class Model(Adding, keras.Model):
             metric.reset_state()
 
     def extra_state(self):
-        """State beside weights, optimizers and seeds: the number of completed updates."""
-        return {} if self._updates is None else {"updates": self._updates}
+        """State beside weights, optimizers and seeds: the number of completed updates, the running average."""
+        state = {} if self._updates is None else {"updates": self._updates}
+        return state if self._running_average is None else {**state, **self._running_average.state()}
 
     def _get_loop(self):
         if not self.compiled:
@@ -426,6 +459,7 @@ class Model(Adding, keras.Model):
 
         Returns a `keras.callbacks.History`.
         """
+        self.__dict__["_averages"] = [c for c in callback_objects(callbacks) if isinstance(c, WeightAverage)]
         return self._get_loop().fit(
             x,
             y,
@@ -540,11 +574,19 @@ class FunctionalModel(Model, _keras.Functional):
                 {"kind": kind, **{k: keras.saving.serialize_keras_object(v) for k, v in extra.items()}}
                 for kind, _, extra in self._symbolic
             ]
-        return config
+        parametrizations = weights.parametrization_config(self)
+        return {**config, "parametrizations": parametrizations} if parametrizations else config
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         config = dict(config)
+        parametrizations = config.pop("parametrizations", None)
+        model = cls._from_graph_config(config, custom_objects)
+        weights.restore_parametrizations(model, parametrizations)
+        return model
+
+    @classmethod
+    def _from_graph_config(cls, config, custom_objects):
         with_terms, entries = config.pop("with_terms", None), config.pop("terms", ())
         if with_terms is None:
             return super().from_config(config, custom_objects=custom_objects)
@@ -577,6 +619,8 @@ class ModelSteps:
                 _keras.symbolic_build(model, batch)
             elif model.optimizer is not None and not model.optimizer.built and model.trainable_variables:
                 model.optimizer.build(model.trainable_variables)
+        for average in model._averages:
+            average.build(model)
 
     def build_for_prediction(self, batch):
         """Builds the layers alone: a batch to predict has no targets to build losses and metrics with."""
@@ -591,7 +635,9 @@ class ModelSteps:
 
     @property
     def version(self):
-        return tuple((id(m), terms.registry(m).version) for _, m in names.walk(self.model) if hasattr(m, "_terms"))
+        """Changes with whatever makes a step another one: terms, parametrisations, averages."""
+        models = [(id(m), m._terms.version) for _, m in names.walk(self.model) if hasattr(m, "_terms")]
+        return (*models, *map(id, self.model._averages))
 
     @property
     def eager(self):
@@ -612,6 +658,15 @@ class ModelSteps:
             done = int(optimizer.iterations.numpy())
             if done > int(self.updates.numpy()):
                 self.updates.assign(done)
+        for average in self.model._averages:
+            average.begin()
+
+    def for_validation(self):
+        """The context in which validation runs: with the averaged weights, if an average asks for it."""
+        stack = contextlib.ExitStack()
+        for average in self.model._averages:
+            stack.enter_context(average.for_validation(self.model))
+        return stack
 
     def metric_variables(self):
         return [v for m in all_metrics(self.model) for v in m.variables]
@@ -635,6 +690,12 @@ def all_metrics(model):
         if isinstance(layer, keras.layers.Layer):
             found |= {id(m): m for m in (*_keras.own_metrics(layer), *terms.term_metrics(layer).values())}
     return list(found.values())
+
+
+def callback_objects(callbacks):
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        return callbacks.callbacks
+    return keras.tree.flatten(callbacks) if callbacks is not None else []
 
 
 def is_functional(args, kwargs):

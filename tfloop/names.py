@@ -46,7 +46,8 @@ def graph_operations(layer):
     if isinstance(layer, keras.Sequential):
         return list(layer.layers)
     if isinstance(layer, keras.Function):
-        return list(layer.operations)
+        # A functional tfloop.Model with losses or metrics on symbolic tensors has a larger graph beside its own.
+        return list(getattr(layer, "_with_terms", layer).operations)
     return []
 
 

@@ -72,7 +72,8 @@ class Loop:
                 bar.update(0)
                 logs = self._train_epoch(engine, source, epoch, pace, hooks, bar)
                 if validation is not None and is_due(epoch, validation_freq):
-                    found = self._test(validation, hooks, nested(verbose), title="validation", transient=True)
+                    with self._steps.for_validation():
+                        found = self._test(validation, hooks, nested(verbose), title="validation", transient=True)
                     logs = {**logs, **{f"val_{name}": value for name, value in found.items()}}
                 hooks.on_epoch_end(epoch, logs)
                 bar.finish(logs)
