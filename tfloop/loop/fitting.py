@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from tfloop.loop import source as sources
 from tfloop.loop.engine import Runner
+from tfloop.loop.observer import Observer, Position, observer_of
 from tfloop.loop.record import Aggregate
 from tfloop.progress import Progress
 
@@ -23,6 +24,7 @@ class Loop:
         self._steps = steps
         self._runner = Runner(steps)
         self.engine = None
+        self.position = Position()  # of the fit that runs, or ran last
 
     # Training.
 
@@ -58,6 +60,8 @@ class Loop:
         self._steps.build(source.spec)
         self._steps.start()
         hooks = Hooks(callbacks, model, epochs=epochs, steps=source.steps, verbose=verbose)
+        observer = observer_of(hooks.callbacks)
+        observer.on_built(self, source)
         engine = self._choose(source)
         by_step = self._one_by_one(hooks)
 
@@ -65,44 +69,51 @@ class Loop:
         logs = {}
         pace = Pace(self._steps.choices["steps_per_execution"], by_step)
         hooks.on_train_begin()
-        for epoch in range(initial_epoch, epochs):
+        at = self.position = observer.start(Position(initial_epoch))
+        for epoch in range(at.epoch, epochs):
+            if epoch != at.epoch:
+                at = self.position = Position(epoch)
             model.reset_metrics()
             hooks.on_epoch_begin(epoch)
-            with Progress(source.steps, stateful=True, epoch=epoch, epochs=epochs, verbose=verbose) as bar:
-                bar.update(0)
-                logs = self._train_epoch(engine, source, epoch, pace, hooks, bar)
+            observer.enter(at)
+            with Progress(source.steps, True, at.batch, epoch=epoch, epochs=epochs, verbose=verbose) as bar:
+                bar.update(at.batch, at.aggregate.values(), finalize=False)
+                logs = self._train_epoch(engine, source, at, pace, hooks, bar)
                 if validation is not None and is_due(epoch, validation_freq):
                     with self._steps.for_validation():
                         found = self._test(validation, hooks, nested(verbose), title="validation", transient=True)
                     logs = {**logs, **{f"val_{name}": value for name, value in found.items()}}
                 hooks.on_epoch_end(epoch, logs)
                 bar.finish(logs)
+            self.position = Position(epoch + 1)
+            observer.on_epoch(epoch, logs)
             if model.stop_training:
                 break
         hooks.on_train_end(logs)
         return model.history
 
-    def _train_epoch(self, engine, source, epoch, pace, hooks, bar):
-        aggregate = Aggregate()
-        for record in self._chunks(engine, "train", source, epoch, pace, hooks, aggregate):
-            bar.update(aggregate.steps, aggregate.values(), finalize=False, examples=record.examples)
+    def _train_epoch(self, engine, source, position, pace, hooks, bar):
+        for record in self._chunks(engine, "train", source, position, pace, hooks):
+            bar.update(position.batch, position.aggregate.values(), finalize=False, examples=record.examples)
             if self._steps.model.stop_training:
                 break
-        if not aggregate.steps:
+        if not position.batch:
             raise ValueError("The data are empty: the epoch has no batch. Expected at least one.")
-        return aggregate.values()
+        return position.aggregate.values()
 
-    def _chunks(self, engine, kind, source, epoch, pace, hooks, aggregate):
-        """Runs an epoch chunk by chunk; yields the records, added to `aggregate` and shown to the hooks."""
+    def _chunks(self, engine, kind, source, position, pace, hooks):
+        """Runs an epoch from a position on, chunk by chunk; yields the records, which the position and the hooks
+        have seen."""
         begin, end = (getattr(hooks, f"on_{kind}_batch_{when}") for when in ("begin", "end"))
-        feeder = source.feeder(epoch, capacity=pace.capacity(source.steps))
+        feeder = source.feeder(position.epoch, position.batch, capacity=pace.capacity(source.steps))
         training = kind == "train"
+        observer = observer_of(hooks.callbacks) if training else Observer()
         first = int(self._steps.updates.numpy())
         while True:
-            feed = feeder.take(pace.next())
+            feed = feeder.take(observer.limit(pace.next()))
             if feed is None:
                 return
-            begin(aggregate.steps)
+            begin(position.batch)
             started = time.perf_counter()
             record = self._runner.run(self._engine_for(engine, feed), kind, feed, first)
             pace.ran(len(record), time.perf_counter() - started)
@@ -110,11 +121,14 @@ class Loop:
                 feeder.took(len(record), feed.count)
             if not len(record):
                 return
-            aggregate.add(record)
+            position.batch += len(record)
             first += len(record) if training else 0
-            values = aggregate.values()
+            record = observer.on_chunk(record)
+            position.aggregate.add(record)
+            values = position.aggregate.values()
             self._steps.publish(values)
-            end(aggregate.steps - 1, values)
+            end(position.batch - 1, values)
+            observer.after_chunk()
             yield record
 
     def _engine_for(self, engine, feed):
@@ -160,18 +174,18 @@ class Loop:
         model = self._steps.model
         engine = self._choose(source)
         model.reset_metrics()
-        aggregate = Aggregate()
+        position = Position()
         pace = Pace(self._steps.choices["steps_per_execution"], self._one_by_one(hooks, "test"))
         model.stop_evaluating = False
         hooks.on_test_begin()
         with Progress(source.steps, stateful=True, verbose=verbose, **display) as bar:
-            for record in self._chunks(engine, "test", source, 0, pace, hooks, aggregate):
-                bar.update(aggregate.steps, aggregate.values(), finalize=False, examples=record.examples)
+            for record in self._chunks(engine, "test", source, position, pace, hooks):
+                bar.update(position.batch, position.aggregate.values(), finalize=False, examples=record.examples)
                 if model.stop_evaluating:
                     break
-            if not aggregate.steps:
+            if not position.batch:
                 raise ValueError("The data are empty: there is no batch to evaluate. Expected at least one.")
-            logs = aggregate.values()
+            logs = position.aggregate.values()
             hooks.on_test_end(logs)
             bar.finish(logs)
         return logs

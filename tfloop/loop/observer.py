@@ -1,0 +1,63 @@
+"""Observer: what accompanies a fit between its chunks, and may bound, log, save and resume it.
+
+A `Position` is where a fit stands: so many batches of an epoch are done, and this is what they measured.
+"""
+
+import dataclasses
+
+import keras
+
+from tfloop.loop.record import Aggregate
+
+
+@dataclasses.dataclass
+class Position:
+    """`batch` batches of epoch `epoch` are done; `aggregate` holds what they measured."""
+
+    epoch: int = 0
+    batch: int = 0
+    aggregate: Aggregate = dataclasses.field(default_factory=Aggregate)
+
+
+class Observer(keras.callbacks.Callback):
+    """Given to `fit` as a callback; this one does nothing. The loop calls
+
+        on_built(loop, source)    once: all variables are there, the engine is not chosen yet
+        start(position)           once, after `on_train_begin`: where to begin, with the state as it was there
+        enter(position)           at the beginning of an epoch, after `on_epoch_begin`
+        limit(steps)              before each chunk: how many steps it may have
+        on_chunk(record)          after a chunk, before the callbacks see it; gives the record to go on with
+        after_chunk()             when they have seen it: what is done by now is done
+        on_epoch(epoch, logs)     when an epoch is over, after the callbacks
+
+    An exception that one of them raises ends the fit.
+    """
+
+    def on_built(self, loop, source):
+        pass
+
+    def start(self, position):
+        return position
+
+    def enter(self, position):
+        pass
+
+    def limit(self, steps):
+        return steps
+
+    def on_chunk(self, record):
+        return record
+
+    def after_chunk(self):
+        pass
+
+    def on_epoch(self, epoch, logs):
+        pass
+
+
+def observer_of(callbacks):
+    """The observer among callbacks, or one that does nothing. Raises `ValueError` for two of them."""
+    found = [c for c in callbacks if isinstance(c, Observer)]
+    if len(found) > 1:
+        raise ValueError("A fit has one observer: it cannot be part of two runs.")
+    return found[0] if found else Observer()
