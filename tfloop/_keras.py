@@ -196,8 +196,16 @@ def separate_output_losses(model):
 
 
 def symbolic_build(model, batch):
-    """Builds the model's layers, compiled metrics and optimizer for a batch, as Keras' own `fit` does."""
-    model._symbolic_build(data_batch=batch)
+    """Builds the model's layers, compiled metrics and optimizer for a batch, as Keras' own `fit` does.
+
+    What the user's code raises comes out as it is; Keras would make a `RuntimeError` of most of it.
+    """
+    try:
+        model._symbolic_build(data_batch=batch)
+    except RuntimeError as error:
+        if error.__context__ is None or not str(error).startswith("Unable to automatically build the model"):
+            raise
+        raise error.__context__ from None
 
 
 def own_trainable_variables(layer):
@@ -230,10 +238,19 @@ def mark_results(metric):
 
 def _marked_result(metric):
     value = type(metric).result(metric)
-    for key, leaf in value.items() if isinstance(value, dict) else [(None, value)]:
+    for path, leaf in leaves(value):
         with contextlib.suppress(AttributeError):  # a Python number
-            leaf._tfloop_metric = (weakref.ref(metric), key)
+            leaf._tfloop_metric = (weakref.ref(metric), path)
     return value
+
+
+def leaves(result, path=()):
+    """`(keys, leaf)` of a metric's result, which may be a dict (and in `compile(metrics=...)` a dict of dicts)."""
+    if not isinstance(result, dict):
+        yield path, result
+        return
+    for key, value in result.items():
+        yield from leaves(value, (*path, key))
 
 
 def _noted_update(metric, *args, **kwargs):
@@ -243,9 +260,9 @@ def _noted_update(metric, *args, **kwargs):
 
 
 def metric_of(value):
-    """`(metric, key)` of a tensor that is the result of a marked metric object, else `None`."""
-    metric, key = getattr(value, "_tfloop_metric", (None, None))
-    return (metric(), key) if metric is not None and metric() is not None else None
+    """`(metric, path)` of a tensor that is the result of a marked metric object, or lies in it; else `None`."""
+    metric, path = getattr(value, "_tfloop_metric", (None, ()))
+    return (metric(), path) if metric is not None and metric() is not None else None
 
 
 def _update_observers():

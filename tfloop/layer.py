@@ -129,6 +129,8 @@ class Adding:
         if same and (step is None or step.kind in ("train", "test")):
             same[0].update_state(value)
             return
+        if step is not None and step.kind == "build":
+            return  # learning shapes: the first real step says which metrics there are, and in which order
         metric = terms.term_metric(self, name, aggregation)
         if metric.aggregation != aggregation:
             raise ValueError(

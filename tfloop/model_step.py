@@ -16,6 +16,7 @@ from tfloop.loop.record import Column, Layout, Result
 from tfloop.step import Step, current_step
 from tfloop.tensors import Lazy, MissingTensor, Recorder, Tensors, current_graph, flatten, recording
 
+ABSENT = object()
 _AFTER = "gradients and updates exist after the backward pass: a metric can have them, a loss cannot."
 
 
@@ -44,6 +45,7 @@ class ModelStep(Step):
         self._added_metrics = {}  # (id(owner), name) -> (owner, name, aggregation, values)
         self._updated = []  # metric objects updated in this step
         self._handed_over = []  # those whose results were given to add_metric
+        self._returned = []  # those whose results a user's step returned: they are shown under its names
         self._trained = model._terms.trained
         self._paths = {id(layer): path for path, layer in names.walk(model)}
         self._gradients, self._old_weights, self._new_weights = {}, {}, {}
@@ -55,13 +57,13 @@ class ModelStep(Step):
         self._added_losses.append((tensor, name, owner))
 
     def note_metric(self, owner, name, aggregation, value):
-        if self.kind == "predict":
+        if self.kind == "predict" or self.recorder.probing:
             return
         if getattr(value, "graph", self._graph) is not self._graph:
             # Made inside a tf.while_loop or tf.cond: the value cannot leave it, a variable's update can.
             metric = terms.term_metric(owner, name, aggregation)
             _keras.mark_results(metric)
-            metric.accumulate(value)
+            metric.accumulate(value, self.size)
             self.note_update(metric)
             return
         entry = self._added_metrics.setdefault((id(owner), name), (owner, name, aggregation, []))
@@ -140,7 +142,7 @@ class ModelStep(Step):
             view = tensors.below(path) if path else tensors
             for term in terms.registry(owner).losses:
                 value = self._evaluate(term, view)
-                if value is not None:
+                if value is not ABSENT:
                     value = terms.mean_scalar(value, f"loss {term.name or terms.label(term.value)!r}")
                     weight = tf.cast(terms.weight_at(term.weight, self.updates), value.dtype)
                     found.append((value * weight, term.name, owner))
@@ -203,7 +205,7 @@ class ModelStep(Step):
     def _returned_entries(self, returned, lazily):
         """`name, (Column, value)` or `name, (Result, None)` for what the user's or our own step returned."""
         for name, value in flat_logs(returned):
-            metric, key = _keras.metric_of(value) or (None, None)
+            metric, path = _keras.metric_of(value) or (None, ())
             if isinstance(metric, terms.TermMetric) or (self.loss is not None and name == "loss"):
                 continue  # these have columns of their own
             if metric is not None and metric is _keras.loss_tracker(self.model) and not self._was_updated(metric):
@@ -212,8 +214,9 @@ class ModelStep(Step):
                 continue
             if metric is not None and lazily:
                 if not self._is_attribute(metric):
-                    yield name, (Result(name, reader(metric, key)), None)
+                    yield name, (Result(name, reader(metric, path)), None)
             elif metric is not None:
+                self._returned.append(metric)
                 yield name, (Column(name, "last"), scalar(value, "mean", name))
             else:
                 yield name, (Column(name), scalar(value, "mean", name))
@@ -232,7 +235,7 @@ class ModelStep(Step):
         for name, metric in terms.term_metrics(owner).items():
             if name in registered:
                 value = self._evaluate(registered[name], view)
-                if value is not None:
+                if value is not ABSENT:
                     term = registered[name]
                     yield name, Column(name, term.aggregation), scalar(value, term.aggregation, name)
             elif (id(owner), name) in self._added_metrics:
@@ -244,17 +247,19 @@ class ModelStep(Step):
     def _shows(self, metric, lazily):
         """Metric objects that were not updated in the step are left out, rather than shown as 0."""
         updated = self._was_updated(metric)
+        if any(metric is m for m in self._returned):
+            return False
         return updated and (lazily or any(metric is m for m in self._handed_over))
 
     def _evaluate(self, term, tensors):
-        """The value of a registered term, or `None` in evaluation for one that only training has."""
+        """The value of a registered term, or `ABSENT` in evaluation for one that only training has."""
         key = (type(term).__name__, term.name, id(term.value))
         try:
             value = terms.evaluate(term.value, tensors)
         except MissingTensor as missing:
             if self.kind == "train" or not (key in self._trained or missing.only_training):
                 raise
-            return None
+            return ABSENT
         if self.kind == "train":
             self._trained.add(key)
         return value
@@ -417,16 +422,15 @@ def is_numeric(tensor):
 
 def results_of(metric):
     """`(name, function that reads the value)` of a metric object; one of each key where it gives a dict."""
-    value = metric.result()
-    if isinstance(value, dict):
-        return [(key, reader(metric, key)) for key in value]
-    return [(metric.name, reader(metric, None))]
+    return [(path[-1] if path else metric.name, reader(metric, path)) for path, _ in _keras.leaves(metric.result())]
 
 
-def reader(metric, key):
-    return lambda: tf.reduce_mean(
-        as_float(tf.convert_to_tensor(metric.result() if key is None else metric.result()[key]))
-    )
+def reader(metric, path):
+    def read():
+        found = dict(_keras.leaves(metric.result()))[path]
+        return tf.reduce_mean(as_float(tf.convert_to_tensor(found)))
+
+    return read
 
 
 def dense(gradient):

@@ -162,17 +162,28 @@ class Recorder:
         self.reasons = dict.fromkeys(self._paths.values(), "this layer was not called in the step.")
         self.output = None  # of the model's last call
         self._calls = {}
-        self._loops = 0
+        self._loops = []  # the RNNs being called whose cell runs in a loop
+        self._probed = set()  # those of them whose cell has been called once, before the loop
         self._graph = current_graph()
 
     def tensors(self):
         return Tensors(self.values, self.reasons)
 
     def enter(self, operation):
-        self._loops += is_loop(operation)
+        if is_loop(operation):
+            self._loops.append(operation)
 
     def leave(self, operation):
-        self._loops -= is_loop(operation)
+        if is_loop(operation):
+            self._loops.pop()
+            self._probed.discard(id(operation))
+        elif self._loops and operation is self._loops[-1].cell:
+            self._probed.add(id(self._loops[-1]))
+
+    @property
+    def probing(self):
+        """Whether an RNN calls its cell to learn the shape of its output, before the loop that counts."""
+        return bool(self._loops) and id(self._loops[-1]) not in self._probed
 
     def record(self, operation, outputs):
         if operation is self.model:

@@ -191,13 +191,14 @@ class TermMetric(keras.Metric):
         if not hasattr(current_step(), "note_metric"):
             self.accumulate(value)
 
-    def accumulate(self, value):
+    def accumulate(self, value, examples=None):
+        """Takes a value in: all its elements alike, or, with the batch's number of examples, their mean by that."""
         self._make_variables()
         self._recorded = None
         value = tf.cast(as_number(value, f"add_metric(name={self.name!r})"), tf.float32)
-        count = tf.cast(tf.size(value), tf.float32)
         if self.aggregation == "mean":
-            self.value.assign_add(tf.reduce_sum(value))
+            count = tf.cast(tf.size(value) if examples is None else examples, tf.float32)
+            self.value.assign_add(tf.math.multiply_no_nan(tf.reduce_mean(value), count))
             self.count.assign_add(count)
             return
         if self.aggregation == "sum":
