@@ -255,7 +255,7 @@ def test_training_needs_compile():
         {"steps_per_execution": 0},
         {"steps_per_execution": True},
     ],
-    ids=str,
+    ids=["NaN learning rate", "jit", "no step", "a bool"],
 )
 def test_compile_refuses_what_cannot_be(arguments):
     model = tfloop.Model(i := keras.Input((3,)), layers.Dense(2)(i))

@@ -607,9 +607,21 @@ class ModelSteps:
 
     def __init__(self, model):
         self.model = model
+        self._ran = set()
 
     def run(self, kind, batch):
-        return self.model.run_step(kind, batch)
+        """One step, run or traced. A first eager step that fails leaves every variable as it was."""
+        if not tf.executing_eagerly() or (kind, self.version) in self._ran:
+            return self.model.run_step(kind, batch)
+        variables = {**reproducibility.state_variables(self.model), **reproducibility.metric_variables(self.model)}
+        before = reproducibility.snapshot(variables)
+        try:
+            result = self.model.run_step(kind, batch)
+        except Exception:
+            reproducibility.assign(variables, before)
+            raise
+        self._ran.add((kind, self.version))
+        return result
 
     def build(self, batch):
         """Makes all variables, so that a step can be traced inside a loop."""

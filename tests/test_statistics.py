@@ -1,0 +1,95 @@
+"""Statistics against NumPy, over shapes and dtypes, eagerly and compiled; the registry's errors."""
+
+import itertools
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import tfloop
+from tfloop import statistics
+
+ORACLES = {
+    "mean": np.mean,
+    "rms": lambda a: np.sqrt(np.mean(a**2)),
+    "norm": lambda a: np.sqrt(np.sum(a**2)),
+    "min": np.min,
+    "max": np.max,
+    "std": np.std,
+    "abs_mean": lambda a: np.mean(np.abs(a)),
+    "zeros": lambda a: np.mean(a == 0),
+    "nonfinite": lambda a: np.mean(~np.isfinite(a)),
+}
+arrays = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(max_dims=3, max_side=4),
+    elements=st.one_of(st.just(0.0), st.floats(-100, 100, width=32)),
+)
+
+
+@pytest.mark.parametrize("name", ORACLES)
+@settings(max_examples=20, deadline=None)
+@given(array=arrays)
+def test_a_statistic_is_what_numpy_says(name, array):
+    value = statistics.get_statistic(name)(tf.constant(array))
+    np.testing.assert_allclose(value, ORACLES[name](array.astype("float64")), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*ORACLES, "histogram"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int32", "bool"])
+def test_other_dtypes_are_measured_in_float32(name, dtype):
+    tensor = tf.cast(tf.constant([[0, 1], [3, 4]]), dtype)
+    assert statistics.get_statistic(name)(tensor).dtype == tf.float32
+
+
+@pytest.mark.parametrize("name", [*ORACLES, "histogram"])
+def test_compiled_as_eagerly(name):
+    statistic = statistics.get_statistic(name)
+    tensor = tf.constant(np.random.default_rng(0).normal(size=(5, 7)), tf.float32)
+    np.testing.assert_allclose(tf.function(statistic, jit_compile=True)(tensor), statistic(tensor), rtol=1e-5)
+
+
+def test_nonfinite_counts_nan_and_infinity():
+    value = statistics.get_statistic("nonfinite")(tf.constant([1.0, np.nan, np.inf, -np.inf]))
+    assert float(value) == 0.75
+
+
+@settings(max_examples=20, deadline=None)
+@given(array=arrays)
+def test_a_histogram_counts_every_element_once(array):
+    counts = statistics.get_statistic("histogram")(tf.constant(array)).numpy()
+    edges = np.concatenate([[-np.inf], statistics.HISTOGRAM_EDGES, [np.inf]])
+    expected = [np.sum((array >= low) & (array < high)) for low, high in itertools.pairwise(edges)]
+    np.testing.assert_array_equal(counts, expected)
+
+
+def test_register_and_use_one():
+    @tfloop.register_statistic(name="second_moment", aggregation="max")
+    def second(tensor):
+        return tf.reduce_mean(tensor**2)
+
+    found = statistics.get_statistic("second_moment")
+    assert found.aggregation == "max"
+    assert float(found(tf.constant([1.0, 3.0]))) == 5.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "rms"}, "already"),
+        ({"name": "a/b"}, "identifier"),
+        ({}, "needs a name"),
+        ({"name": "fine", "aggregation": "median"}, "'mean', 'sum'"),
+    ],
+)
+def test_a_bad_registration_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tfloop.register_statistic(lambda t: t, **arguments)
+
+
+def test_an_unknown_statistic_lists_what_there_is():
+    with pytest.raises(ValueError, match="'mean', 'rms', 'norm'"):
+        statistics.get_statistic("median")
