@@ -29,12 +29,11 @@ class Convolution:
     def forward(self, weight, u):
         return self._apply(u, weight)
 
+    @tf.function  # in a graph also where a tape cannot record, as while a model is built
     def adjoint(self, weight, v):
         u = tf.zeros(self.state_shape, v.dtype)
-        with tf.GradientTape() as tape:
-            tape.watch(u)
-            result = self._apply(u, weight)
-        return tape.gradient(result, u, output_gradients=v)
+        (result,) = tf.gradients(self._apply(u, weight), u, grad_ys=v)
+        return result
 
 
 def application(layer, variable):

@@ -40,21 +40,14 @@ class Function(Parametrization):
         return snake_case(name) if name.isidentifier() else "function"
 
     def get_config(self):
-        config = keras.saving.serialize_keras_object(self.fn)
-        if not restores(config, self.fn):
+        registered = keras.saving.get_registered_object(keras.saving.get_registered_name(self.fn))
+        if registered is not self.fn:
             raise ValueError(
                 f"Function({self.fn!r}) cannot be written to a file: decorate the function with "
                 '@keras.saving.register_keras_serializable("my_project").'
             )
-        return {"fn": config}
+        return {"fn": keras.saving.serialize_keras_object(self.fn)}
 
     @classmethod
     def from_config(cls, config):
         return cls(keras.saving.deserialize_keras_object(config["fn"]))
-
-
-def restores(config, fn):
-    try:
-        return keras.saving.deserialize_keras_object(config) is fn
-    except (TypeError, ValueError):
-        return False

@@ -73,6 +73,8 @@ class Parametrized(keras.layers.Wrapper):
             self.build.__signature__ = inspect.signature(layer.build)
             kwargs.setdefault("dtype", layer.dtype_policy)
         super().__init__(layer, **kwargs)
+        if not parametrizations:
+            raise ValueError(f"Parametrized({layer.name!r}, {{}}): no parametrisation is given.")
         self.supports_masking = layer.supports_masking
         # Keras would take the patterns in a plain dict for sublayers.
         self._parametrizations = types.MappingProxyType(

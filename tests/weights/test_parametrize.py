@@ -1,0 +1,302 @@
+"""Parametrising whole models by pattern; saving, cloning and baking them."""
+
+import subprocess
+import sys
+import textwrap
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from tfloop import names, weights
+
+
+def data(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype("float32")
+
+
+@keras.saving.register_keras_serializable("tests")
+class Net(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.encoder = keras.Sequential([layers.Dense(6, name="a"), layers.Dense(5, name="b")])
+        self.heads = {"x": layers.Dense(2), "y": layers.Dense(3)}
+        self.norm = layers.BatchNormalization()
+
+    def call(self, x):
+        h = self.norm(self.encoder(x))
+        return {name: head(h) for name, head in self.heads.items()}
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+def functional():
+    x = keras.Input((4,))
+    return keras.Model(x, layers.Dense(2, name="out")(layers.Dense(3, name="hidden")(x)))
+
+
+def trained(model):
+    model.compile("sgd", "mse")
+    model.fit(data(16, 4), data(16, 2), epochs=2, verbose=0)
+    return model
+
+
+# By pattern --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("encoder/*/kernel", ["encoder/a/kernel", "encoder/b/kernel"]),
+        ("*/kernel", ["encoder/a/kernel", "encoder/b/kernel", "heads/x/kernel", "heads/y/kernel"]),
+        ("heads/x/*", ["heads/x/kernel", "heads/x/bias"]),
+        ("gamma", ["norm/gamma"]),
+    ],
+)
+def test_what_a_pattern_matches(pattern, expected):
+    built, unbuilt = Net(), Net()
+    built(data(2, 4))
+    assert weights.parametrize(built, pattern, "unit_norm") == expected
+    assert weights.parametrize(unbuilt, pattern, "unit_norm") == []
+    unbuilt(data(2, 4))
+    for model in (built, unbuilt):
+        assert list(weights.effective_weights(model)) == expected
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functional,
+        lambda: keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.Dense(2)]),
+        lambda: keras.Sequential([layers.Dense(3), layers.Dense(2)]),
+        Net,
+        lambda: layers.Dense(3),
+    ],
+)
+def test_any_model(make):
+    model = make()
+    pattern = "kernel"
+    weights.parametrize(model, pattern, weights.Function(zero))
+    outputs = model(data(2, 4))
+    for y in keras.tree.flatten(outputs):
+        assert not y.numpy().any()  # biases are zero
+    raw = [v for v in model.weights if v.name == "kernel"]
+    assert all(v.numpy().any() for v in raw)
+
+
+@keras.saving.register_keras_serializable("tests")
+def zero(raw):
+    return 0.0 * raw
+
+
+def test_no_match():
+    model = functional()
+    with pytest.raises(ValueError, match=r"'\*/kernl'.*Did you mean.*'hidden/kernel', 'hidden/bias'"):
+        weights.parametrize(model, "*/kernl", "unit_norm")
+    unbuilt = Net()
+    weights.parametrize(unbuilt, "*/kernl", "unit_norm")
+    with pytest.raises(ValueError, match=r"'\*/kernl'"):
+        unbuilt(data(2, 4))
+
+
+def test_a_name_that_does_not_exist_is_refused_at_once():
+    with pytest.raises(ValueError, match="no parametrisation 'spectralnorm'"):
+        weights.parametrize(Net(), "*", "spectralnorm")
+
+
+def test_states_are_not_matched():
+    model = functional()
+    weights.parametrize(model, "*/kernel", "spectral_norm")
+    assert weights.parametrize(model, "*kernel*", "centered") == ["hidden/kernel", "out/kernel"]
+
+
+def test_shared_layers_are_parametrised_once():
+    shared = layers.Dense(4)
+    x = keras.Input((4,))
+    model = keras.Model(x, shared(shared(x)))
+    assert weights.parametrize(model, "*/kernel", lambda raw: 2.0 * raw) == [f"{shared.name}/kernel"]
+    k = shared.kernel.numpy()
+    np.testing.assert_allclose(model(np.eye(4)), 4 * k @ k, rtol=1e-5)
+
+
+def test_warm_start_after_weights_were_set_by_hand():
+    model = functional()
+    weights.parametrize(model, "*/kernel", "spectral_norm")
+    hidden = model.get_layer("hidden")
+    hidden.kernel.assign(data(4, 3))
+    hidden.kernel.assign(np.eye(4, 3) * [1, 9, 2])
+    weights.warm_start(model)
+    np.testing.assert_allclose(
+        weights.effective_weights(model)["hidden/kernel"], np.eye(4, 3) * [1, 9, 2] / 9, rtol=1e-3
+    )
+
+
+def test_warm_start_leaves_what_is_trained():
+    model = functional()
+    weights.parametrize(model, "*/kernel", "weight_norm")
+    before = [v.numpy() for v in model.weights]
+    weights.warm_start(model)
+    for variable, value in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(variable, value)
+
+
+def test_effective_weights_are_what_the_forward_pass_uses():
+    model = functional()
+    weights.parametrize(model, "*/kernel", ["spectral_norm", "centered"])
+    effective = weights.effective_weights(model)
+    expected = data(2, 4) @ effective["hidden/kernel"].numpy() @ effective["out/kernel"].numpy()
+    np.testing.assert_allclose(model(data(2, 4)), expected, rtol=1e-5, atol=1e-6)
+
+
+# Files and copies --------------------------------------------------------------------------------
+
+
+def wrapped():
+    return keras.Sequential(
+        [
+            keras.Input((4,)),
+            weights.SpectralNormalization(layers.Dense(3), iterations=2, norm=2.0, name="first"),
+            weights.Parametrized(
+                layers.Dense(2),
+                {"kernel": [weights.WeightNorm(), weights.Bounded(-3.0, 3.0)], "bias": weights.Function(zero)},
+            ),
+        ]
+    )
+
+
+def equal(a, b):
+    for v, w in zip(a.weights, b.weights, strict=True):
+        np.testing.assert_array_equal(v, w)
+    np.testing.assert_allclose(a(data(3, 4)), b(data(3, 4)), rtol=1e-6)
+
+
+def test_a_keras_file(tmp_path):
+    model = trained(wrapped())
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    equal(model, again)
+    assert again.layers[0].get_config()["iterations"] == 2
+    model.fit(data(16, 4), data(16, 2), verbose=0, shuffle=False)
+    again.fit(data(16, 4), data(16, 2), verbose=0, shuffle=False)
+    equal(model, again)
+
+
+def test_a_weights_file(tmp_path):
+    model, again = trained(wrapped()), wrapped()
+    model.save_weights(tmp_path / "model.weights.h5")
+    again.load_weights(tmp_path / "model.weights.h5")
+    equal(model, again)
+
+
+def test_a_weights_file_of_a_parametrised_model(tmp_path):
+    model, again = functional(), functional()
+    for m in (model, again):
+        weights.parametrize(m, "*/kernel", ["spectral_norm", "weight_norm"])
+    trained(model).save_weights(tmp_path / "model.weights.h5")
+    again.load_weights(tmp_path / "model.weights.h5")
+    equal(model, again)
+
+
+def test_clones_and_configs():
+    model = wrapped()
+    for copy in (
+        keras.models.clone_model(model),
+        type(model).from_config(model.get_config()),
+        keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(model)),
+    ):
+        assert list(names.weight_names(copy)) == list(names.weight_names(model))
+        copy.set_weights(model.get_weights())
+        equal(model, copy)
+
+
+def test_a_tensorflow_checkpoint(tmp_path):
+    model, again = trained(wrapped()), wrapped()
+    path = tf.train.Checkpoint(model=model).save(tmp_path / "checkpoint")
+    tf.train.Checkpoint(model=again).restore(path).assert_existing_objects_matched()
+    equal(model, again)
+
+
+def test_the_config_of_a_parametrised_model():
+    model, again = functional(), functional()
+    weights.parametrize(model, "*/kernel", [weights.SpectralNorm(iterations=3), weights.WeightNorm()])
+    weights.parametrize(model, "*/kernel", weights.Function(zero))
+    config = weights.parametrization_config(model)
+    assert [entry["pattern"] for entry in config] == ["*/kernel", "*/kernel"]
+    assert [c["class_name"] for entry in config for c in entry["parametrization"]] == [
+        "SpectralNorm",
+        "WeightNorm",
+        "Function",
+    ]
+    weights.restore_parametrizations(again, config)
+    assert list(names.weight_names(again)) == list(names.weight_names(model))
+    again.set_weights(model.get_weights())
+    equal(model, again)
+    assert weights.parametrization_config(functional()) == []
+    weights.restore_parametrizations(again, None)
+
+
+# Baking ------------------------------------------------------------------------------------------
+
+
+def test_baked_is_plain():
+    model = trained(wrapped())
+    baked = weights.bake(model)
+    np.testing.assert_allclose(baked(data(3, 4)), model(data(3, 4)), rtol=1e-5)
+    assert [type(layer) for layer in baked.layers] == [layers.Dense, layers.Dense]
+    assert [layer.name for layer in baked.layers] == [layer.name for layer in model.layers]
+    assert len(baked.weights) == 4 and "tfloop" not in str(baked.get_config())
+
+
+@pytest.mark.parametrize("make", [functional, Net])
+def test_baking_a_parametrised_model(make):
+    model = make()
+    model(data(2, 4))
+    weights.parametrize(model, "*/kernel", "spectral_norm")
+    before = [v.numpy() for v in model.weights]
+    baked = weights.bake(model)
+    for a, b in zip(*(keras.tree.flatten(m(data(3, 4))) for m in (baked, model)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert weights.effective_weights(baked) == {}
+    for variable, value in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(variable, value)
+
+
+@keras.saving.register_keras_serializable("tests")
+class ParametrizesItself(Net):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        weights.parametrize(self, "*/kernel", "weight_norm")
+
+
+def test_baking_takes_away_what_the_copy_parametrised_itself():
+    model = ParametrizesItself()
+    model(data(2, 4))
+    baked = weights.bake(model)
+    np.testing.assert_allclose(baked(data(3, 4))["x"], model(data(3, 4))["x"], rtol=1e-5, atol=1e-6)
+    assert weights.effective_weights(baked) == {} and len(baked.weights) == len(model.weights) - 4
+
+
+def test_baking_what_is_not_built():
+    with pytest.raises(ValueError, match="is not built"):
+        weights.bake(Net())
+
+
+@pytest.mark.slow
+def test_a_baked_file_loads_without_tfloop(tmp_path):
+    x = keras.Input((5, 4))
+    h = layers.TimeDistributed(weights.SpectralNormalization(layers.Dense(3)))(x)
+    model = keras.Model(x, layers.RNN(weights.SpectralNormalization(layers.GRUCell(2)))(h))
+    weights.bake(model).save(tmp_path / "plain.keras")
+    np.save(tmp_path / "y.npy", model(data(2, 5, 4)))
+    code = f"""
+        import sys
+        sys.modules["tfloop"] = None
+        import keras, numpy as np
+        model = keras.saving.load_model(r"{tmp_path}/plain.keras")
+        x = np.random.default_rng(0).standard_normal((2, 5, 4)).astype("float32")
+        np.testing.assert_allclose(model(x), np.load(r"{tmp_path}/y.npy"), rtol=1e-5)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
