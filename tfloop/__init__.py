@@ -12,6 +12,8 @@ from tfloop.numpy_loss import numpy_loss
 from tfloop.prediction import without_inputs
 from tfloop.progress import Progress, progress
 from tfloop.reproducibility import fingerprint, set_seed
+from tfloop.runs import binary
+from tfloop.runs.run import Run
 from tfloop.statistics import register_statistic
 from tfloop.tensors import Tensors, capture, tag
 from tfloop.weights import (
@@ -43,6 +45,7 @@ __all__ = [
     "Parametrization",
     "Parametrized",
     "Progress",
+    "Run",
     "SpectralNorm",
     "SpectralNormalization",
     "Tensors",
@@ -51,6 +54,7 @@ __all__ = [
     "WeightNorm",
     "averaged",
     "bake",
+    "binary",
     "capture",
     "fingerprint",
     "numpy_loss",

@@ -61,7 +61,7 @@ class Loop:
         self._steps.start()
         hooks = Hooks(callbacks, model, epochs=epochs, steps=source.steps, verbose=verbose)
         observer = observer_of(hooks.callbacks)
-        observer.on_built(self, source)
+        observer.on_built(self, source, hooks.callbacks)
         engine = self._choose(source)
         by_step = self._one_by_one(hooks)
 
@@ -71,6 +71,8 @@ class Loop:
         hooks.on_train_begin()
         at = self.position = observer.start(Position(initial_epoch))
         for epoch in range(at.epoch, epochs):
+            if model.stop_training:
+                break
             if epoch != at.epoch:
                 at = self.position = Position(epoch)
             model.reset_metrics()
@@ -87,8 +89,6 @@ class Loop:
                 bar.finish(logs)
             self.position = Position(epoch + 1)
             observer.on_epoch(epoch, logs)
-            if model.stop_training:
-                break
         hooks.on_train_end(logs)
         return model.history
 

@@ -22,18 +22,19 @@ class Position:
 class Observer(keras.callbacks.Callback):
     """Given to `fit` as a callback; this one does nothing. The loop calls
 
-        on_built(loop, source)    once: all variables are there, the engine is not chosen yet
-        start(position)           once, after `on_train_begin`: where to begin, with the state as it was there
-        enter(position)           at the beginning of an epoch, after `on_epoch_begin`
-        limit(steps)              before each chunk: how many steps it may have
-        on_chunk(record)          after a chunk, before the callbacks see it; gives the record to go on with
-        after_chunk()             when they have seen it: what is done by now is done
-        on_epoch(epoch, logs)     when an epoch is over, after the callbacks
+        on_built(loop, source, callbacks)
+                                once: all variables are there, the engine is not chosen yet
+        start(position)         once, after `on_train_begin`: where to begin, with the state as it was there
+        enter(position)         at the beginning of an epoch, after `on_epoch_begin`
+        limit(steps)            before each chunk: how many steps it may have
+        on_chunk(record)        after a chunk, before the callbacks see it; gives the record to go on with
+        after_chunk()           when they have seen it: what is done by now is done
+        on_epoch(epoch, logs)   when an epoch is over, after the callbacks
 
     An exception that one of them raises ends the fit.
     """
 
-    def on_built(self, loop, source):
+    def on_built(self, loop, source, callbacks):
         pass
 
     def start(self, position):

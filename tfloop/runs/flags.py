@@ -5,6 +5,7 @@ one ends with absl's one line and status 1; what can be seen only afterwards (st
 that are not finite) raises `Refused`, status 2. Nothing was trained or written by then.
 """
 
+import copy
 import math
 import re
 import sys
@@ -234,6 +235,11 @@ def check(argv, flag_values=flags.FLAGS):
             raise Refused(f"--{name}={value}: a number must be finite.")
     if "learning_rate" in flag_values and flag_values["learning_rate"].value == 0:
         raise Refused("--learning_rate=0.0: it must be positive.")
+
+
+def leftovers(argv, flag_values=flags.FLAGS):
+    """What is no flag in `argv`, its first entry included; parsing is done on a copy."""
+    return copy.deepcopy(flag_values)(argv)
 
 
 def values(flag_values=flags.FLAGS):

@@ -1,0 +1,1 @@
+"""Experiments: one folder a training binary, all of one shape. `python -m experiments.classifier`."""

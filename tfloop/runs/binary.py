@@ -1,0 +1,191 @@
+"""Training binaries: a model, data and `absl.app.run`; flags, folder, resuming and exit status are here.
+
+```
+from absl import app
+import keras, tfloop
+
+tfloop.binary.define_flags(epochs=20)                 # at import; the defaults of this binary
+
+
+def main(argv):
+    (x, y), validation = ...
+    model = tfloop.Model(...)
+    model.compile(keras.optimizers.Adam(tfloop.binary.FLAGS.learning_rate), loss=...)
+    tfloop.binary.train(model, x, y, validation_data=validation)
+
+
+if __name__ == "__main__":
+    app.run(main)
+```
+
+Once the flags are parsed, and before `main` builds anything, they are checked and the seed, the precision and
+the strategy are set. `train` makes the run's folder, adds what `--watch` and `--parametrize` ask for, trains
+and ends as the contract says: 0 done, 1 failure, 2 refused, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+import contextlib
+import pathlib
+import sys
+
+import keras
+from absl import app, logging
+from absl import flags as absl_flags
+
+from tfloop import reproducibility, weights
+from tfloop.runs import flags, workdir
+from tfloop.runs.errors import Refused
+from tfloop.runs.run import Run
+
+FLAGS = absl_flags.FLAGS
+
+_prepared = False
+
+
+def define_flags(**defaults):
+    """Defines the flags of every training binary; `epochs=20` and the like set this binary's defaults.
+
+    To be called at import, before `app.run`. A binary adds its own by absl's `flags.DEFINE_...`.
+    """
+    if "workdir" not in FLAGS:
+        app.call_after_init(prepare)
+    flags.define(**defaults)
+
+
+def prepare():
+    """Checks the flags and sets what must be set before a model is built. `app.run` calls it."""
+    global _prepared
+    if _prepared:
+        return
+    _prepared = True
+    logging.set_verbosity(max(logging.get_verbosity(), logging.WARNING))
+    with refusing():
+        flags.check(flags.leftovers(sys.argv))
+        reproducibility.set_seed(FLAGS.seed, deterministic=FLAGS.deterministic)
+        keras.config.set_dtype_policy(FLAGS.precision)
+
+
+def experiment():
+    """The name of the running binary: of its module (`experiments.vae` -> `vae`) or of its file."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if spec is not None:
+        return [part for part in spec.name.split(".") if part != "__main__"][-1]
+    return pathlib.Path(getattr(main, "__file__", "run.py")).stem
+
+
+def train(model, x=None, y=None, *, name=None, best=None, **arguments):
+    """Trains a compiled model as the flags say: `Run(...).fit(model, x, y, ...)`. Returns the `Run`.
+
+    Args:
+        model: a compiled `tfloop.Model`.
+        x, y, arguments: as of `fit`. `epochs` and `batch_size` are the flags' if not given.
+        name: of this network's own folder below the run's, where a binary trains several.
+        best: the metric whose best checkpoint is kept: `"val_loss"` or `("val_accuracy", "max")`.
+
+    Afterwards `run.history` is the history of the whole run and `run.path("samples.png")` a place in its
+    folder. A binary of one network ends here, with status 0, if the run was finished before; one of several
+    goes on with the trained network.
+
+    ```
+    run = tfloop.binary.train(model, x, y, validation_data=(x_val, y_val))
+    save_picture(run.path("reconstructions.png"), model)
+    ```
+    """
+    prepare()
+    with refusing():
+        adapt(model)
+        run = Run(
+            workdir=_folder(name),
+            seed=None,
+            checkpoint_every=FLAGS.checkpoint_every,
+            keep=FLAGS.keep,
+            resume=FLAGS.resume,
+            on_nan=FLAGS.on_nan,
+            log=FLAGS.log,
+            best=best,
+            settings=flags.values(),
+        )
+        run.seed = FLAGS.seed  # set before the model was built
+        print(f"Run folder: {shown(run.folder)}", file=sys.stderr, flush=True)
+        run.fit(model, x, y, **_arguments(x, arguments))
+    if run.was_finished and name is None:
+        sys.exit(0)
+    return run
+
+
+_root: pathlib.Path | None = None
+
+
+def folder():
+    """The run's folder: `--workdir`, or a new numbered one under `runs/<experiment>/`."""
+    global _root
+    if _root is None:
+        _root = pathlib.Path(FLAGS.workdir) if FLAGS.workdir else workdir.numbered("runs", experiment())
+    return _root
+
+
+def _folder(name):
+    return folder() / name if name else folder()
+
+
+def _arguments(x, arguments):
+    given = {"epochs": FLAGS.epochs, "verbose": _VERBOSE[FLAGS.progress]}
+    if x is None or hasattr(x, "shape") or isinstance(x, dict | list | tuple):
+        given["batch_size"] = FLAGS.batch_size
+    return {**given, **arguments}
+
+
+_VERBOSE = {"auto": "auto", "bar": "bar", "line": "line", "none": 0}
+
+
+def adapt(model):
+    """Adds what the flags ask for to a compiled model: watches, parametrisations, engine, learning rate."""
+    for watch in FLAGS.watch:
+        with named(watch, "watch"):
+            model.watch(watch.pattern, watch.statistic)
+    for asked in FLAGS.parametrize:
+        with named(asked, "parametrize"):
+            model.parametrize(asked.pattern, parametrization(asked))
+    if FLAGS["learning_rate"].present and model.optimizer is not None:
+        _set_learning_rate(model.optimizer, FLAGS.learning_rate)
+
+
+def parametrization(asked):
+    """The parametrisation that a `--parametrize` means: `max_norm:2` is `MaxNorm(2)`."""
+    kind = getattr(weights, asked.name.title().replace("_", ""))
+    return kind(*(int(number) if number.is_integer() else number for number in asked.numbers))
+
+
+@contextlib.contextmanager
+def named(flag, name):
+    """What the model says against a flag is a refusal."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise Refused(f"--{name}={flag}: {error}") from error
+
+
+def _set_learning_rate(optimizer, rate):
+    """A binary that does not read `--learning_rate` obeys it all the same; a schedule is its own affair."""
+    if isinstance(optimizer._learning_rate, keras.Variable):
+        optimizer.learning_rate = rate
+
+
+def shown(path):
+    """A path as a person would write it here."""
+    try:
+        return path.relative_to(pathlib.Path.cwd())
+    except ValueError:
+        return path
+
+
+@contextlib.contextmanager
+def refusing():
+    """Within the block what is `Refused` ends the process with one line and its status."""
+    try:
+        yield
+    except Refused as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        sys.exit(130)

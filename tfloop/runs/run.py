@@ -1,0 +1,131 @@
+"""`Run`: one training on disk, that goes on where it was left."""
+
+from pathlib import Path
+
+import keras
+
+from tfloop import reproducibility
+from tfloop.model import Model
+from tfloop.runs import flags, workdir
+from tfloop.runs.checkpoint import Checkpoints
+from tfloop.runs.session import Session
+from tfloop.runs.signals import Stop
+
+ON_NAN = ("stop", "skip", "rollback", "ignore")
+
+
+class Run:
+    """A training on disk: a folder with its configuration, records, checkpoints and logs.
+
+    The same program run again goes on where the last was left, at the very step, and ends with the same
+    bytes. Make the run before the model: it sets the seed, and finds out whether the folder can be used.
+
+    Args:
+        workdir: the run's folder; `None`: a new one, `runs/run/<n>`.
+        seed: of everything random; `None`: whatever `set_seed` was told.
+        checkpoint_every: steps (`100`), seconds (`"60s"`) or `"epoch"`. There is always one at the end.
+        keep: how many checkpoints are kept, besides the `best`.
+        resume: `"auto"` goes on with what is there, `"never"` refuses a used folder, `"restart"` moves what
+            is there to `previous-<n>/`, `"partial"` takes from a checkpoint what fits the model.
+        on_nan: `"stop"`, `"skip"`, `"rollback"` or `"ignore"`, for a loss or gradient that is not finite.
+        log: of `"tensorboard"` and `"csv"`; `metrics.jsonl` is always written.
+        best: a metric (`"val_loss"`, its minimum) or `("val_accuracy", "max")` whose best checkpoint is kept.
+        settings: what else `config.json` shall hold under `flags`; differences are refused on a resume.
+
+    Raises `tfloop.runs.errors.Refused` when the folder cannot be used, is locked, or holds another run.
+
+    ```python
+    import tempfile
+
+    run = tfloop.Run(tempfile.mkdtemp(), seed=1)
+    model = tfloop.Model(x := keras.Input((3,)), layers.Dense(1)(x))
+    model.compile("adam", "mse")
+    history = run.fit(model, np.ones((8, 3)), np.ones((8, 1)), epochs=2, verbose=0)
+    assert (run.folder / "summary.json").exists() and run.steps == 2
+    ```
+    """
+
+    def __init__(
+        self,
+        workdir=None,
+        seed=0,
+        checkpoint_every="epoch",
+        keep=3,
+        resume="auto",
+        on_nan="stop",
+        log=("tensorboard",),
+        *,
+        best=None,
+        settings=None,
+    ):
+        if on_nan not in ON_NAN:
+            raise ValueError(f"on_nan must be one of {', '.join(ON_NAN)}, got {on_nan!r}.")
+        self.every = flags.parse_every(checkpoint_every)
+        self.log = flags.parse_log(log if isinstance(log, str) else ",".join(log))
+        self.keep, self.resume, self.on_nan, self.best = keep, resume, on_nan, best
+        self.seed = seed
+        self.settings = dict(settings or {})
+        self.history = None
+        self._session = None
+        self._place = None
+        self.folder = self._open(workdir).folder
+        if seed is not None:
+            reproducibility.set_seed(seed)
+
+    def _open(self, path, resume=None):
+        path = path if path is not None else workdir.numbered("runs", "run")
+        self._place = workdir.Workdir(path, resume or self.resume)
+        return self._place
+
+    def fit(self, model, x=None, y=None, **arguments):
+        """Trains a compiled `tfloop.Model`: `model.fit(x, y, ...)`, recorded, saved and resumed.
+
+        Takes the arguments of `fit`; `epochs` counts from the run's beginning. SIGTERM and the first Ctrl-C
+        finish the step, save and end with `SystemExit(143)` or `KeyboardInterrupt`.
+
+        Returns the `keras.callbacks.History` of the whole run, of earlier processes too.
+        """
+        if not isinstance(model, Model):
+            raise TypeError(
+                f"A run trains a tfloop.Model, and {getattr(model, 'name', model)!r} is of class "
+                f"{type(model).__name__}. Make it one: `tfloop.Model(model.inputs, model.outputs)`."
+            )
+        if self._place is None:
+            self._open(self.folder, "auto")
+        callbacks = arguments.pop("callbacks", None)
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            raise TypeError("A run takes a list of callbacks, not a CallbackList.")
+        stop = Stop()
+        try:
+            session = self._session = Session(self, self._place, self._checkpoints(), stop, {"epochs": 1, **arguments})
+            with stop.listening(), session:
+                model.fit(x, y, callbacks=[*keras.tree.flatten(callbacks or []), session], **arguments)
+        finally:
+            self.close()
+        self.history = model.history
+        return self.history
+
+    def _checkpoints(self):
+        found = Checkpoints(self._place.path(workdir.CHECKPOINTS), self.keep, self.best)
+        found.sweep()
+        return found
+
+    @property
+    def steps(self):
+        """The number of completed updates."""
+        return self._session.updates if self._session else 0
+
+    @property
+    def was_finished(self):
+        """Whether the folder held all epochs asked for, so that `fit` had nothing to do."""
+        return self._session is not None and self._session.was_finished
+
+    def path(self, name):
+        """A path in the run's folder: `run.path("samples.png")`."""
+        return Path(self.folder) / name
+
+    def close(self):
+        """Gives the folder back; `fit` does it at its end."""
+        if self._place is not None:
+            self._place.close()
+            self._place = None

@@ -1,0 +1,41 @@
+"""Signals: SIGTERM and the first Ctrl-C ask the run to stop after the step; the second Ctrl-C stops at once."""
+
+import contextlib
+import signal
+import sys
+import threading
+
+
+class Stop:
+    """What was asked for: `signal` is `None` as long as nothing was."""
+
+    def __init__(self):
+        self.signal = None
+
+    def ask(self, number, frame=None):
+        """A signal handler."""
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        how = ", once more to stop at once" if number == signal.SIGINT else ""
+        print(f"\n{name}: finishing the step and saving{how}.", file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def listening(self):
+        """While in the block the signals come here. Only the main thread can listen: elsewhere nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def end(self):
+        """Leaves as the signal would have: `KeyboardInterrupt`, or exit status 143."""
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + int(self.signal))
