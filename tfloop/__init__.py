@@ -16,6 +16,7 @@ from tfloop.runs import binary
 from tfloop.runs.run import Run
 from tfloop.statistics import register_statistic
 from tfloop.tensors import Tensors, capture, tag
+from tfloop.weight_mean import average
 from tfloop.weights import (
     Bounded,
     Centered,
@@ -52,6 +53,7 @@ __all__ = [
     "UnitNorm",
     "WeightAverage",
     "WeightNorm",
+    "average",
     "averaged",
     "bake",
     "binary",

@@ -146,7 +146,7 @@ def in_call():
 
     Keras keeps the context of the running `Layer.__call__` in its global state and shows it nowhere.
     """
-    return global_state.get_global_attribute("current_call_ctx") is not None
+    return global_state.get_global_attribute("current_call_ctx") is not None or in_symbolic_scope()
 
 
 def own_metrics(layer):
