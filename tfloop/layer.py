@@ -47,7 +47,7 @@ class Adding:
         if isinstance(value, keras.KerasTensor):
             self._add_symbolic_loss(value, name, weight)
             return
-        inside = _keras.in_call() or current_step() is not None
+        inside = inside_call()
         if callable(value):
             if not inside:
                 self._register_loss(value, name, weight)
@@ -113,7 +113,7 @@ class Adding:
             return value
         name = terms.metric_name(None, name)
         tensor = terms.as_number(value, f"add_metric(name={name!r})")
-        if not (_keras.in_call() or current_step() is not None):
+        if not inside_call():
             raise ValueError(
                 f"add_metric(name={name!r}): expected a symbolic tensor or a callable for the metric value, received "
                 f"{value!r}. Outside `call` a tensor has one value for ever: add a function of the step's tensors."
@@ -125,6 +125,8 @@ class Adding:
         same = [m for m in _keras.own_metrics(self) if m.name == name]
         if len(same) > 1:
             raise ValueError(terms.two_of_one_name(name) + f" We found {len(same)} metrics with the name {name!r}.")
+        if any(term.name == name for term in terms.registry(self).metrics):
+            raise ValueError(terms.two_of_one_name(name) + " It was added from outside.")
         step = current_step()
         if same and (step is None or step.kind in ("train", "test")):
             same[0].update_state(value)
@@ -172,6 +174,11 @@ class Adding:
 
     def _register_loss(self, value, name, weight):
         self._refuse(f"add_loss(name={name!r})")
+
+
+def inside_call():
+    """Whether `call` may be running, and be it only so that Keras learns shapes (then there is no `__call__`)."""
+    return _keras.in_call() or current_step() is not None or _keras.in_symbolic_scope()
 
 
 class Layer(Adding, keras.layers.Layer):

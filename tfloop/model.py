@@ -95,10 +95,15 @@ class Model(Adding, keras.Model):
 
     def _register_metric(self, value, name, aggregation):
         terms.takes_tensors(value)
-        if any(m.name == name for m in _keras.own_metrics(self)):
-            raise ValueError(terms.two_of_one_name(name))
+        self._check_new_metric(name)
         self._terms.add_metric(value, name, aggregation)
         terms.term_metric(self, name, aggregation)
+
+    def _check_new_metric(self, name):
+        """Two metrics of one name in one place: an attribute, a symbolic or a registered one has it already."""
+        symbolic = [extra["name"] for kind, _, extra in self.__dict__.get("_symbolic", ()) if kind == "metric"]
+        if name in (*(m.name for m in _keras.own_metrics(self)), *symbolic, *(t.name for t in self._terms.metrics)):
+            raise ValueError(terms.two_of_one_name(name))
 
     def watch(self, pattern, statistic="rms", every=1):
         """Logs a statistic of every tensor whose name matches, as `<tensor>/<statistic>`.
@@ -183,8 +188,9 @@ class Model(Adding, keras.Model):
         del x, training
         compiled = self._compiled_losses(y, y_pred, sample_weight)
         step = model_step(self)
-        named, others = ({}, self.losses) if step is None else step.named_losses(self.losses)
-        parts = {**compiled, **{(n if n not in compiled else f"{self.name}/{n}"): v for n, v in named.items()}}
+        taken = ("loss", "other_losses", *compiled)
+        named, others = ({}, self.losses) if step is None else step.named_losses(self.losses, taken)
+        parts = {**compiled, **named}
         if others:
             parts["other_losses"] = tf.add_n([terms.mean_scalar(v, "an added loss") for v in others])
         if not parts:
@@ -537,8 +543,7 @@ class FunctionalModel(Model, _keras.Functional):
         self._add_symbolic(("loss", value, {"name": name, "weight": weight}))
 
     def _add_symbolic_metric(self, value, name, aggregation):
-        if any(kind == "metric" and extra["name"] == name for kind, _, extra in self._symbolic):
-            raise ValueError(terms.two_of_one_name(name))
+        self._check_new_metric(name)
         self._add_symbolic(("metric", value, {"name": name, "aggregation": aggregation}))
         terms.term_metric(self, name, aggregation)
 
@@ -672,6 +677,16 @@ class ModelSteps:
                 self.updates.assign(done)
         for average in self.model._averages:
             average.begin()
+
+    def initial_epoch(self, given):
+        """Where training begins: a callback may have restored a later epoch."""
+        return _keras.restored_epoch(self.model) or given
+
+    def finish(self):
+        """Called after training: an optimizer with an average of its own puts that into the weights, as in Keras."""
+        optimizer = self.model.optimizer
+        if isinstance(optimizer, keras.optimizers.Optimizer) and optimizer.built:
+            optimizer.finalize_variable_values(self.model.trainable_weights)
 
     def for_validation(self):
         """The context in which validation runs: with the averaged weights, if an average asks for it."""

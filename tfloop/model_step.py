@@ -149,8 +149,11 @@ class ModelStep(Step):
         self.registry_losses_read = found
         return [tensor for tensor, _, _ in found]
 
-    def named_losses(self, tensors):
-        """Splits loss tensors into `{name: sum}` of the named ones and a list of the others."""
+    def named_losses(self, tensors, taken=()):
+        """Splits loss tensors into `{name: sum}` of the named ones and a list of the others.
+
+        Where layers share a name, or it is `taken`, it is shown below its owner.
+        """
         known = {id(t): (name, owner) for t, name, owner in (*self._added_losses, *self.registry_losses_read)}
         entries, others = [], []
         for tensor in tensors:
@@ -164,7 +167,8 @@ class ModelStep(Step):
             owners.setdefault(name, []).append(id(owner))
         named = {}
         for name, owner, tensor in entries:
-            key = name if len(set(owners[name])) == 1 else self._qualified(name, owner)
+            shared = len(set(owners[name])) > 1 or name in taken
+            key = self._qualified(name, owner) if shared else name
             named[key] = named[key] + tensor if key in named else tensor
         return named, others
 
@@ -184,7 +188,8 @@ class ModelStep(Step):
         for name, value in self._returned_entries(returned, lazily):
             book.fixed(name, *value)
         if self.loss is None:
-            named, _ = self.named_losses([t for t, _, _ in (*self._added_losses, *self.registry_losses_read)])
+            tensors = [t for t, _, _ in (*self._added_losses, *self.registry_losses_read)]
+            named, _ = self.named_losses(tensors, book.names())
             for name, value in named.items():
                 book.fixed(name, Column(name), value)
         for path, owner in names.walk(self.model):
@@ -334,6 +339,9 @@ class NameBook:
         self._fixed = {}  # name -> (Column or Result, value)
         self._metrics = []  # (name, owner, Column or Result, value)
         self._watched = []  # (Column, value)
+
+    def names(self):
+        return list(self._fixed)
 
     def fixed(self, name, entry, value):
         self._fixed.setdefault(name, (entry, value))
