@@ -17,6 +17,7 @@ from keras.src.backend.common.variables import register_uninitialized_variable
 from keras.src.models.functional import Functional  # noqa: F401  the class behind keras.Model(inputs, outputs)
 from keras.src.random import seed_generator
 from keras.src.utils.rng_utils import get_random_seed
+from tensorflow.python.framework.config import is_op_determinism_enabled
 
 # Attributes in which Keras keeps its own books: they hold layers, but name none of them.
 BOOKKEEPING_ATTRIBUTES = frozenset(
@@ -395,3 +396,13 @@ def has_own_build(layer):
 def is_rematerialized(layer):
     """Whether the layer's `call` runs again in the backward pass (`keras.RematScope`)."""
     return getattr(layer, "_remat_mode", None) is not None
+
+
+def restored_epoch(model):
+    """The epoch at which `BackupAndRestore` wants training to go on; it tells the trainer by this attribute."""
+    return getattr(model, "_initial_epoch", None)
+
+
+def are_operations_deterministic():
+    """Whether `tf.config.experimental.enable_op_determinism` was called. TensorFlow has no public question."""
+    return is_op_determinism_enabled()

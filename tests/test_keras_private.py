@@ -1,0 +1,181 @@
+"""The private names of Keras that losses, metrics and steps need: each fails when Keras changes it."""
+
+import copy
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+
+from tfloop import _keras, names
+
+
+def compiled(**compile_arguments):
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, [layers.Dense(1, name="a")(inputs), layers.Dense(1, name="b")(inputs)])
+    model.compile("sgd", ["mse", "mae"], **compile_arguments)
+    return model
+
+
+def test_every_layer_and_operation_call_goes_through_operation_call():
+    seen = []
+
+    class Observer:
+        def enter(self, operation):
+            seen.append(("enter", operation.name))
+
+        def leave(self, operation):
+            seen.append(("leave", operation.name))
+
+        def record(self, operation, outputs):
+            seen.append(("record", operation.name, outputs.shape))
+
+    x = keras.Input((3,))
+    model = keras.Model(x, ops.mean(layers.Dense(2, name="dense")(x), axis=1), name="model")
+    with _keras.observing_calls(lambda: [Observer()]):
+        model(np.ones((4, 3)))
+    mean = model.operations[-1].name
+    assert [s[:2] for s in seen if s[0] == "record"] == [("record", n) for n in ("dense", mean, "model")]
+    assert seen[0] == ("enter", "model")
+
+
+def test_bookkeeping_attributes_hide_no_layer_and_show_no_other():
+    sequential = keras.Sequential([layers.Dense(2, name="d")])
+    sequential(np.ones((1, 2)))
+    functional = keras.Model(sequential.inputs, sequential.outputs)
+    functional.compile("sgd", "mse")
+    for model in (sequential, functional):
+        assert list(names.layer_names(model).values()) == ["d"]
+
+
+def test_tracked_layers_and_own_metrics():
+    class Holder(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.inner = layers.Dense(1)
+            self.many = [keras.metrics.Mean(name="m")]
+            self.one = keras.metrics.Sum(name="s")
+
+    holder = Holder()
+    assert _keras.tracked_layers(holder) == [holder.inner]
+    assert [m.name for m in _keras.own_metrics(holder)] == ["m", "s"]
+
+
+def test_compiled_metrics_are_loss_then_metrics_then_a_tracker_per_output():
+    model = compiled(metrics=[["mse"], ["mae"]])
+    model.evaluate(np.ones((2, 3)), [np.ones((2, 1))] * 2, verbose=0)
+    assert [m.name for m in _keras.compiled_metrics(model)] == ["loss", "compile_metrics", "a_loss", "b_loss"]
+    assert _keras.loss_tracker(model) is model.metrics[0]
+    assert _keras.compiled_metrics(keras.Sequential()) == []
+
+
+def test_output_losses_come_apart_weighted():
+    model = compiled(loss_weights=[1.0, 3.0])
+    y, p = [np.zeros((2, 1), "float32")] * 2, [np.ones((2, 1), "float32"), np.full((2, 1), 2.0, "float32")]
+    model._compile_loss.build(y, p)
+    with _keras.separate_output_losses(model) as parts:
+        total = model._compile_loss(y, p)
+    assert [(name, float(value)) for name, value in parts] == [("a", 1.0), ("b", 6.0)]
+    assert float(total) == 7.0
+
+
+def test_symbolic_build_makes_every_variable():
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(2)
+
+        def call(self, x):
+            return self.dense(x)
+
+    model = Net()
+    model.compile("adam", "mse", metrics=["mae"])
+    _keras.symbolic_build(model, (tf.TensorSpec((4, 3)), tf.TensorSpec((4, 2))))
+    assert model.dense.built and model.optimizer.built
+    assert len(model.metrics_variables) > 1
+
+
+def test_the_trainable_flag_of_one_layer():
+    block = keras.Sequential([layers.Dense(2)])
+    block(np.ones((1, 2)))
+    dense = block.layers[0]
+    _keras.set_trainable_flag(block, False, [])
+    assert not block.trainable and dense.trainable
+    _keras.set_trainable_flag(dense, False, [(v, False) for v in _keras.own_trainable_variables(dense)])
+    assert not dense.kernel.trainable and dense.kernel in _keras.own_trainable_variables(dense)
+
+
+def test_results_carry_their_metric_also_a_copys():
+    metric = keras.metrics.Mean(name="m")
+    _keras.mark_results(metric)
+    _keras.mark_results(metric)
+    assert _keras.metric_of(metric(2.0)) == (metric, ())
+    assert _keras.metric_of(tf.constant(1.0)) is None
+    twin = copy.deepcopy(metric)
+    _keras.mark_results(twin)
+    assert _keras.metric_of(twin(3.0))[0] is twin
+
+
+def test_updates_are_told():
+    metric, told = keras.metrics.Mean(), []
+    _keras.mark_results(metric)
+    with _keras.observing_updates(told.append):
+        metric.update_state(1.0)
+        metric(2.0)
+    metric.update_state(3.0)
+    assert told == [metric, metric]
+    assert float(metric.result()) == 2.0
+
+
+@pytest.mark.parametrize("call", ["apply", "apply_gradients"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_applies_are_told_once(call, scaled):
+    variable = keras.Variable([1.0, 2.0])
+    optimizer = keras.optimizers.SGD(1.0)
+    if scaled:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=4.0)
+    told = []
+    before = keras.optimizers.Optimizer.apply
+    with _keras.observing_applies(lambda o, g, v: told.append((o, g, v))):
+        gradient = tf.constant([4.0, 4.0])
+        if call == "apply":
+            optimizer.apply([gradient], [variable])
+        else:
+            optimizer.apply_gradients([(gradient, variable)])
+    assert len(told) == 1
+    assert told[0][0] is optimizer and list(told[0][2]) == [variable]
+    np.testing.assert_allclose(variable, [0.0, 1.0] if scaled else [-3.0, -2.0])
+    assert keras.optimizers.Optimizer.apply is before
+    assert (float(_keras.loss_scale(optimizer)) == 4.0) if scaled else _keras.loss_scale(optimizer) is None
+
+
+def test_in_call():
+    seen = []
+
+    class Asking(layers.Layer):
+        def call(self, x):
+            seen.append(_keras.in_call())
+            return x
+
+    assert not _keras.in_call()
+    Asking()(np.ones((1, 2)))
+    assert seen == [True] and not _keras.in_call()
+
+
+def test_patches_of_several_threads_end_when_the_last_does():
+    class Owner:
+        def method(self):
+            return 1
+
+    outer = _keras.patched(Owner, "method", lambda original: lambda self: original(self) + 1)
+    with outer:
+        with _keras.patched(Owner, "method", lambda original: lambda self: original(self) + 1):
+            assert Owner().method() == 2
+        assert Owner().method() == 2
+    assert Owner().method() == 1
+
+
+def test_functional_is_what_a_model_of_inputs_and_outputs_is():
+    x = keras.Input((2,))
+    assert type(keras.Model(x, layers.Dense(1)(x))) is _keras.Functional
