@@ -35,7 +35,8 @@ def main(argv):
 
     folder = tfloop.binary.folder()
     both_domains(folder / "features.png", panels)
-    (folder / "summary.json").write_text(json.dumps({"target_accuracy": accuracy}, indent=2) + "\n")
+    metrics = {f"target_accuracy_{name}": value for name, value in accuracy.items()}
+    (folder / "summary.json").write_text(json.dumps({"metrics": metrics}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,17 +14,14 @@ from experiments.seq2seq.picture import attention_maps
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("examples", 20_000, "Numbers to train on.", lower_bound=1)
 flags.DEFINE_integer("units", 64, "Width of every layer, a multiple of 4.", lower_bound=4)
-tfloop.binary.define_flags(epochs=5, batch_size=128, learning_rate=2e-3)
+tfloop.binary.define_flags(epochs=6, batch_size=128)
 
 
 def main(argv):
     train, test = data.numbers(FLAGS.examples)
     x, x_test = data.encode(train), data.encode(test)
     model = build(FLAGS.units)
-    decay = keras.optimizers.schedules.CosineDecay(
-        FLAGS.learning_rate, FLAGS.epochs * -(-len(train) // FLAGS.batch_size)
-    )
-    model.compile(keras.optimizers.Adam(decay))
+    model.compile(keras.optimizers.Adam(FLAGS.learning_rate))
     run = tfloop.binary.train(model, x, None, validation_data=(x_test, None))
 
     signs = decode(model, x_test["words"])
