@@ -199,7 +199,7 @@ def test_trains_with_a_users_own_train_step_and_keras_fit():
             super().__init__()
             self.d = keras.Sequential([weights.SpectralNormalization(layers.Dense(8)), layers.Dense(1)])
             self.d.build((None, 4))
-            self.optimizer_of_d = keras.optimizers.Adam(0.01)
+            self.optimizer_of_d = keras.optimizers.Adam(0.001)
 
         def train_step(self, x):
             with tf.GradientTape() as tape:
@@ -211,7 +211,7 @@ def test_trains_with_a_users_own_train_step_and_keras_fit():
     model.compile(jit_compile=True)
     model.fit(data(64, 4), batch_size=8, epochs=2, verbose=0)
     (w,) = weights.effective_weights(model).values()
-    np.testing.assert_allclose(np.linalg.norm(w, 2), 1.0, rtol=2e-2)
+    np.testing.assert_allclose(np.linalg.norm(w, 2), 1.0, rtol=3e-2)
 
 
 # Errors ------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ def power_iteration(operator, weight, u, iterations):
     """`iterations` times u <- M' M u / |M' M u|. A block whose map is zero keeps its `u`."""
     weight = tf.stop_gradient(weight)
     for _ in range(iterations):
-        moved = operator.adjoint(weight, normalized(operator.forward(weight, u)))
-        u = tf.where(blockwise_norm(moved) > 0, normalized(moved), u)
+        v = normalized(operator.forward(weight, u))
+        u = normalized(operator.adjoint(weight, v), otherwise=u)
     return u
 
 
@@ -44,17 +44,10 @@ def first_vector(shape, dtype="float32"):
     return normalized(tf.constant(vectors, dtype))
 
 
-def blockwise_norm(x):
+def normalized(x, otherwise=0.0):
+    """`x` over its norm in each block; `otherwise` where `x` is zero."""
     axes = range(1, len(x.shape))
     largest = tf.reduce_max(tf.abs(x), axes, keepdims=True)
-    safe = tf.where(largest > 0, largest, tf.ones_like(largest))  # squares of small numbers vanish
-    return largest * tf.sqrt(tf.reduce_sum((x / safe) ** 2, axes, keepdims=True))
-
-
-def normalized(x):
-    """`x` over its norm in each block; zero stays zero."""
-    axes = range(1, len(x.shape))
-    largest = tf.reduce_max(tf.abs(x), axes, keepdims=True)
-    scaled = x / tf.where(largest > 0, largest, tf.ones_like(largest))
-    length = tf.sqrt(tf.reduce_sum(scaled**2, axes, keepdims=True))
-    return scaled / tf.where(length > 0, length, tf.ones_like(length))
+    scaled = tf.math.divide_no_nan(x, largest)  # the squares of small numbers would vanish
+    length = tf.sqrt(tf.reduce_sum(scaled * scaled, axes, keepdims=True))
+    return tf.where(largest > 0, tf.math.divide_no_nan(scaled, length), otherwise)
