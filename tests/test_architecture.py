@@ -23,6 +23,7 @@ ROWS = (
         "reproducibility",
         "averaging",
         "batch_norm",
+        "keeping",
         "numpy_loss finite_differences",
         "prediction",
     ),

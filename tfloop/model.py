@@ -49,6 +49,7 @@ class Model(Adding, keras.Model):
         made.__dict__["_as_compiled"] = {}
         made.__dict__["_averages"] = []
         made.__dict__["_running_average"] = None
+        made.__dict__["_keeper"] = None
         return made
 
     def __init__(self, *args, **kwargs):
@@ -315,6 +316,8 @@ class Model(Adding, keras.Model):
 
         Returns the step's row and its layout (see `loop/record.py`); for `"predict"` the predictions.
         """
+        keeper = self._keeper if kind == "train" else None
+        before = keeper.before() if keeper else None
         step = ModelStep(self, kind, data, self._updates.read_value())
         with running(step), self._trainable_as_compiled():
             with step.hearing():
@@ -326,7 +329,10 @@ class Model(Adding, keras.Model):
                 for average in self._averages:
                     average.update(updates)
             lazily = getattr(type(self), f"{kind}_step") is getattr(Model, f"{kind}_step")
-            return step.row(returned, lazily)
+            row, layout = step.row(returned, lazily)
+        if keeper is not None:
+            row = keeper.after(before, row, layout, step.applied)
+        return row, layout
 
     # Compilation.
 
@@ -654,7 +660,7 @@ class ModelSteps:
     def version(self):
         """Changes with whatever makes a step another one: terms, parametrisations, averages."""
         models = [(id(m), m._terms.version) for _, m in names.walk(self.model) if hasattr(m, "_terms")]
-        return (*models, *map(id, self.model._averages))
+        return (*models, *map(id, (*self.model._averages, self.model._keeper)))
 
     @property
     def eager(self):

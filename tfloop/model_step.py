@@ -49,6 +49,7 @@ class ModelStep(Step):
         self._trained = model._terms.trained
         self._paths = {id(layer): path for path, layer in names.walk(model)}
         self._gradients, self._old_weights, self._new_weights = {}, {}, {}
+        self.applied = []  # gradients that went into updates, but for those that a loss scale looks after
         self._graph = current_graph()
 
     # What the step hears while it runs.
@@ -77,6 +78,8 @@ class ModelStep(Step):
         for gradient, variable in zip(gradients, variables, strict=False):
             if gradient is None:
                 continue
+            if scale is None and getattr(gradient, "graph", self._graph) is self._graph:
+                self.applied.append(gradient)
             self._gradients[id(variable)] = Lazy(lambda g=gradient: unscaled(dense(g), scale))
             self._old_weights.setdefault(id(variable), read(variable))
 
