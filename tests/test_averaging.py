@@ -9,6 +9,8 @@ from keras import layers, ops
 from tfloop import names
 from tfloop.averaging import WeightAverage, averaged
 from tfloop.batch_norm import reestimate_batch_norm
+from tfloop.model import Model
+from tfloop.reproducibility import fingerprint
 
 
 def network(seed=0, dtype=None):
@@ -209,4 +211,65 @@ def test_keras_own_fit_is_told_what_is_missing():
     model = network()
     model.compile("sgd", "mse")
     with pytest.raises(TypeError, match=r"tfloop\.Model"):
+        model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0, callbacks=[WeightAverage()])
+
+
+def fitted(callbacks, epochs=3, **arguments):
+    """A model of tfloop's, trained for 4 updates an epoch."""
+    x_in = keras.Input((3,))
+    model = Model(x_in, layers.Dense(2)(layers.Dense(3, activation="tanh")(x_in)))
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    x = np.random.default_rng(0).normal(size=(14, 3)).astype("float32")
+    model.fit(x, x[:, :2], batch_size=4, epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks, **arguments)
+    return model
+
+
+class Snapshots(keras.callbacks.Callback):
+    """The weights before the first update and after every one: its hooks make chunks of one step."""
+
+    def on_train_begin(self, logs=None):
+        self.weights = [[w.numpy().copy() for w in self.model.trainable_weights]]
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.weights.append([w.numpy().copy() for w in self.model.trainable_weights])
+
+
+@pytest.mark.parametrize("start, every, due", [(0, 1, range(13)), (1, 1, range(1, 13)), (3, 4, [3, 7, 11])])
+def test_fit_takes_the_snapshots_that_are_due(start, every, due):
+    running, snapshots = WeightAverage("swa", start, every), Snapshots()
+    keras.utils.set_random_seed(0)
+    fitted([running, snapshots])
+    history = [snapshots.weights[i] for i in due]
+    in_chunks = WeightAverage("swa", start, every)
+    keras.utils.set_random_seed(0)
+    fitted([in_chunks])
+    for average in (running, in_chunks):
+        for got, want in zip(values(average), expected(history, average), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_fit_validates_with_the_average_when_asked():
+    x = np.ones((4, 3), "float32")
+    losses = {}
+    for validate in (False, True):
+        keras.utils.set_random_seed(0)
+        model = fitted([WeightAverage(validate=validate)], validation_data=(x, x[:, :2]))
+        losses[validate] = model.history.history["val_loss"][-1]
+        with averaged(model):
+            of_average = model.evaluate(x, x[:, :2], verbose=0)
+    assert losses[True] == pytest.approx(of_average, rel=1e-6)
+    assert losses[False] != pytest.approx(of_average, rel=1e-3)
+
+
+def test_running_average_is_part_of_the_fingerprint():
+    keras.utils.set_random_seed(0)
+    model = fitted([running := WeightAverage()])
+    before = fingerprint(model)
+    running.state()["average/count"].assign_add(1)
+    assert fingerprint(model) != before
+
+
+def test_fit_inside_averaged_is_refused():
+    model = fitted([WeightAverage()])
+    with averaged(model), pytest.raises(RuntimeError, match="averaged weights"):
         model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0, callbacks=[WeightAverage()])

@@ -70,6 +70,7 @@ class WeightAverage(keras.callbacks.Callback):
 
         Under a distribution strategy it is called in the strategy's scope.
         """
+        refuse_swapped(model)
         if not model.built:
             raise ValueError(f"{model.name!r} has no weights yet: build it before averaging them.")
         weights = list(model.trainable_weights)
@@ -156,11 +157,16 @@ class WeightAverage(keras.callbacks.Callback):
                 "Keras' own `fit`. Make it a tfloop.Model: `tfloop.Model(model.inputs, "
                 "model.outputs)` for a functional or Sequential model."
             )
-        if self.swapped:
-            raise RuntimeError(
-                f"{self.model.name!r} holds its averaged weights: leave the `with "
-                "tfloop.averaged(model)` block before training it."
-            )
+
+
+def refuse_swapped(model):
+    """Raises `RuntimeError` if the model holds its averaged weights: what is trained then would be lost."""
+    average = getattr(model, "_running_average", None)
+    if average is not None and average.swapped:
+        raise RuntimeError(
+            f"{model.name!r} holds its averaged weights: leave the `with tfloop.averaged(model)` block before "
+            "training it."
+        )
 
 
 def is_count(value):
