@@ -10,10 +10,12 @@ import functools
 import numpy as np
 import tensorflow as tf
 
-from tfloop.loop import source as sources
+from tfloop.loop import random_numbers
+from tfloop.loop.feed import batch_of, flat, packed, spec_of
 from tfloop.loop.record import Record
 
 ENGINES = ("eager", "graph", "jit", "scan")
+COMPILED = ("jit", "scan")
 
 
 class Program:
@@ -29,23 +31,33 @@ class Program:
 
     def run_eagerly(self, tensors):
         """One step in plain Python."""
-        row, self.layout = self._steps.run(self.kind, sources.packed(self.spec, tensors))
+        row, self.layout = self._steps.run(self.kind, packed(self.spec, tensors))
         return row
 
     @property
     def step(self):
         """The step as a concrete function of the batch's flat tensors, which gives the row."""
         if self._step is None:
-            specs = [
-                tf.TensorSpec(s.shape, s.dtype) if isinstance(s, tf.TensorSpec) else s for s in sources.flat(self.spec)
-            ]
+            specs = [tf.TensorSpec(s.shape, s.dtype) if isinstance(s, tf.TensorSpec) else s for s in flat(self.spec)]
             traced = tf.function(lambda *tensors: self.run_eagerly(tensors), autograph=False)
-            self._step = traced.get_concrete_function(*specs)
+            with random_numbers.same_everywhere():
+                self._step = traced.get_concrete_function(*specs)
             self.dtype = self._step.output_dtypes
         return self._step
 
+    @property
+    def variables(self):
+        """Every variable that the step reads or writes."""
+        return list(self.step.graph.variables)
+
+    @property
+    def operations(self):
+        """The types of the operations in the step, those of inner functions too, one for each operation."""
+        graph = self.step.graph.as_graph_def()
+        return [n.op for n in graph.node] + [n.op for f in graph.library.function for n in f.node_def]
+
     def predict_eagerly(self, *tensors):
-        return self._steps.run("predict", sources.packed(self.spec, tensors))
+        return self._steps.run("predict", packed(self.spec, tensors))
 
     @functools.cached_property
     def predict(self):
@@ -60,45 +72,71 @@ class Program:
     def read_results(self):
         return tf.function(self.results, autograph=False)
 
-    def chunk(self, engine, feed_kind, capacity):
-        """The compiled function `(args, count) -> rows, how many, results` for an engine and a kind of feed."""
-        key = (engine, feed_kind, capacity)
+    def chunk(self, engine, feed):
+        """The function `(args, count) -> rows, results` for an engine and feeds of one kind and capacity."""
+        key = (engine, feed.kind, feed.capacity)
         if key not in self._chunks:
-            step = self.step
+            step = self.step  # traced first: its layout says how wide the rows are
             if engine == "jit":
                 step = tf.function(lambda *tensors: self.step(*tensors), autograph=False, jit_compile=True)
-            run = {"iterator": self._stream_chunk}.get(feed_kind, self._gather_chunk)
-            body = functools.partial(run, step, feed_kind, capacity)
+            body = functools.partial(self._chunk, step, feed.kind, feed.capacity)
             self._chunks[key] = tf.function(body, autograph=False, jit_compile=engine == "scan")
         return self._chunks[key]
 
-    def _gather_chunk(self, step, feed_kind, capacity, args, count):
+    def _chunk(self, step, feed_kind, capacity, args, count):
         def body(i, rows):
-            row = step(*sources.batch_of(feed_kind, args, i))
+            row = step(*batch_of(feed_kind, args, i))
             return i + 1, tf.tensor_scatter_nd_update(rows, [[i]], [row])
 
         rows = tf.zeros((capacity, self.layout.width), self.dtype)
-        done, rows = tf.while_loop(lambda i, _: i < count, body, (tf.constant(0), rows))
-        return rows, done, self.results()
+        _, rows = tf.while_loop(lambda i, _: i < count, body, (tf.constant(0), rows))
+        return rows, self.results()
 
-    def _stream_chunk(self, step, feed_kind, capacity, args, count):
-        (iterator,) = args
+    def stream(self, capacity):
+        """The chunk over a tf.data iterator, as a `Stream`."""
+        key = ("graph", "iterator", capacity)
+        if key not in self._chunks:
+            self._chunks[key] = Stream(self, capacity)
+        return self._chunks[key]
 
-        def body(i, _, rows):
+
+class Stream:
+    """A chunk that reads a tf.data iterator in the loop, and keeps its rows in a variable.
+
+    So that they are there when the iterator, or a step, raises an error in the middle.
+    """
+
+    def __init__(self, program, capacity):
+        self._program = program
+        program.step  # noqa: B018  traced before the rows are made: its layout says how wide they are
+        self._rows = tf.Variable(tf.zeros((capacity, program.layout.width), program.dtype), trainable=False)
+        self._done = tf.Variable(0, trainable=False)
+        self._run = tf.function(self._loop, autograph=False)
+
+    def _loop(self, iterator, count):
+        def body(i, _):
             batch = iterator.get_next_as_optional()
 
             def train():
-                row = step(*sources.flat(batch.get_value()))
-                return i + 1, tf.tensor_scatter_nd_update(rows, [[i]], [row])
+                row = self._program.step(*flat(batch.get_value()))
+                self._rows.scatter_nd_update([[i]], [row])
+                self._done.assign(i + 1)
+                return i + 1
 
             more = batch.has_value()
-            i, rows = tf.cond(more, train, lambda: (i, rows))
-            return i, more, rows
+            return tf.cond(more, train, lambda: i), more
 
-        rows = tf.zeros((capacity, self.layout.width), self.dtype)
-        start = (tf.constant(0), tf.constant(True), rows)
-        done, _, rows = tf.while_loop(lambda i, more, _: more & (i < count), body, start)
-        return rows, done, self.results()
+        tf.while_loop(lambda i, more: more & (i < count), body, (tf.constant(0), tf.constant(True)))
+
+    def __call__(self, iterator, count):
+        """Returns the rows, and the error that ended the chunk early, or `None`."""
+        self._done.assign(0)
+        error = None
+        try:
+            self._run(iterator, tf.constant(count))
+        except tf.errors.OpError as raised:
+            error = raised
+        return self._rows.numpy()[: int(self._done.numpy())], error
 
 
 class Runner:
@@ -109,31 +147,27 @@ class Runner:
         self._programs = {}
 
     def program(self, kind, spec):
-        key = (
-            kind,
-            tf.nest.pack_sequence_as(spec, [0] * len(tf.nest.flatten(spec))).__repr__(),
-            tuple(sources.flat(spec)),
-        )
+        key = (kind, repr(tf.nest.map_structure(lambda _: 0, spec)), tuple(flat(spec)))
         key = (*key, tuple(s is None for s in tf.nest.flatten(spec)), self._steps.version)
         if key not in self._programs:
             self._programs[key] = Program(self._steps, kind, spec)
         return self._programs[key]
 
     def run(self, engine, kind, feed, first):
-        """Runs a feed's batches. `first` is the number of updates completed before. Returns a `Record`."""
+        """Runs a feed's batches. `first` is the number of updates completed before.
+
+        Returns a `Record`, with the error that ended the chunk early, if the steps before it are in the record.
+        """
         program = self.program(kind, feed.spec)
         if engine == "eager":
             return self._run_eagerly(program, feed, first)
-        program.step  # noqa: B018  traced before the chunk is: its layout says how wide the rows are
-        capacity = self._capacity(feed)
-        rows, done, results = program.chunk(engine, feed.kind, capacity)(feed.args, tf.constant(feed.count))
-        done = int(done) if feed.kind == "iterator" else feed.count
-        return record(program.layout, first, rows.numpy()[:done], results.numpy())
-
-    def _capacity(self, feed):
         if feed.kind == "iterator":
-            return max(1, 1 << (feed.count - 1).bit_length())
-        return int((feed.args[1] if feed.kind == "rows" else feed.args[0]).shape[0])
+            rows, error = program.stream(feed.capacity)(feed.args[0], feed.count)
+            if error is not None and not len(rows):
+                raise error
+            return record(program, first, rows, program.read_results().numpy(), error)
+        rows, results = program.chunk(engine, feed)(feed.args, tf.constant(feed.count))
+        return record(program, first, rows.numpy()[: feed.count], results.numpy())
 
     def _run_eagerly(self, program, feed, first):
         rows = []
@@ -142,24 +176,24 @@ class Runner:
                 batch = feed.args[0].get_next_as_optional()
                 if not batch.has_value():
                     break
-                tensors = sources.flat(batch.get_value())
+                tensors = flat(batch.get_value())
             else:
-                tensors = sources.batch_of(feed.kind, feed.args, i)
-            rows.append(program.run_eagerly([tf.convert_to_tensor(t) for t in tensors]).numpy())
+                tensors = batch_of(feed.kind, feed.args, i)
+            rows.append(program.run_eagerly(tensors).numpy())
         if not rows:
             return Record(None, first, np.zeros((0, 1)), {})
-        return record(program.layout, first, np.stack(rows), program.results().numpy())
+        return record(program, first, np.stack(rows), program.results().numpy())
 
     def run_batch(self, engine, kind, batch, first):
         """One step on one batch of tensors, as `train_on_batch` does it."""
-        spec = sources.spec_of(batch)
+        spec = spec_of(batch)
         program = self.program(kind, spec)
-        tensors = [tf.convert_to_tensor(t) for t in sources.flat(batch)]
+        tensors = [tf.convert_to_tensor(t) for t in flat(batch)]
         if engine == "eager":
             row = program.run_eagerly(tensors)
-            return record(program.layout, first, row.numpy()[None], program.results().numpy())
+            return record(program, first, row.numpy()[None], program.results().numpy())
         row = program.step(*tensors)
-        return record(program.layout, first, row.numpy()[None], program.read_results().numpy())
+        return record(program, first, row.numpy()[None], program.read_results().numpy())
 
     def predict(self, spec, tensors, eager):
         """The predictions for one batch."""
@@ -167,6 +201,7 @@ class Runner:
         return program.predict_eagerly(*tensors) if eager else program.predict(*tensors)
 
 
-def record(layout, first, rows, results):
+def record(program, first, rows, results, error=None):
+    layout = program.layout
     values = {r.name: float(v) for r, v in zip(layout.results, results, strict=True)}
-    return Record(layout, first, rows, values)
+    return Record(layout, first, rows, values, error)

@@ -11,7 +11,9 @@ import numpy as np
 import tensorflow as tf
 
 from tfloop.loop import source as sources
-from tfloop.loop.engine import Runner
+from tfloop.loop import tuner
+from tfloop.loop.engine import COMPILED, Runner
+from tfloop.loop.feed import batch_of, flat, packed, spec_of
 from tfloop.loop.observer import Observer, Position, observer_of
 from tfloop.loop.record import Aggregate
 from tfloop.progress import Progress
@@ -23,8 +25,23 @@ class Loop:
     def __init__(self, steps):
         self._steps = steps
         self._runner = Runner(steps)
+        self._tuner = tuner.Tuner(self._runner)
+        self._given = None  # the choice of an earlier process
+        self._chosen = None
         self.engine = None
         self.position = Position()  # of the fit that runs, or ran last
+
+    @property
+    def choice(self):
+        """The engines that the last fit chose, as plain data for `use`; `None` before the first."""
+        return None if self._chosen is None else self._chosen.as_dict()
+
+    def use(self, choice):
+        """Makes later fits take the engine that was chosen before: a `choice`, or an engine's name.
+
+        An engine that `compile` asks for explicitly goes before.
+        """
+        self._given = None if choice is None else tuner.given(choice)
 
     # Training.
 
@@ -62,13 +79,13 @@ class Loop:
         hooks = Hooks(callbacks, model, epochs=epochs, steps=source.steps, verbose=verbose)
         observer = observer_of(hooks.callbacks)
         observer.on_built(self, source, hooks.callbacks)
-        engine = self._choose(source)
         by_step = self._one_by_one(hooks)
-
+        pace = Pace(self._steps.choices["steps_per_execution"], by_step)
+        engine = self._choose(source, validation, epochs - initial_epoch, pace, verbose)
         model.stop_training = False
         logs = {}
-        pace = Pace(self._steps.choices["steps_per_execution"], by_step)
         hooks.on_train_begin()
+        initial_epoch = self._steps.initial_epoch(initial_epoch)
         at = self.position = observer.start(Position(initial_epoch))
         for epoch in range(at.epoch, epochs):
             if model.stop_training:
@@ -89,6 +106,7 @@ class Loop:
                 bar.finish(logs)
             self.position = Position(epoch + 1)
             observer.on_epoch(epoch, logs)
+        self._steps.finish()
         hooks.on_train_end(logs)
         return model.history
 
@@ -105,45 +123,89 @@ class Loop:
         """Runs an epoch from a position on, chunk by chunk; yields the records, which the position and the hooks
         have seen."""
         begin, end = (getattr(hooks, f"on_{kind}_batch_{when}") for when in ("begin", "end"))
-        feeder = source.feeder(position.epoch, position.batch, capacity=pace.capacity(source.steps))
-        training = kind == "train"
-        observer = observer_of(hooks.callbacks) if training else Observer()
+        observer = observer_of(hooks.callbacks) if kind == "train" else Observer()
         first = int(self._steps.updates.numpy())
-        while True:
-            feed = feeder.take(observer.limit(pace.next()))
-            if feed is None:
-                return
-            begin(position.batch)
-            started = time.perf_counter()
-            record = self._runner.run(self._engine_for(engine, feed), kind, feed, first)
-            pace.ran(len(record), time.perf_counter() - started)
-            if feed.kind == "iterator":
-                feeder.took(len(record), feed.count)
-            if not len(record):
-                return
-            position.batch += len(record)
-            first += len(record) if training else 0
-            record = observer.on_chunk(record)
-            position.aggregate.add(record)
-            values = position.aggregate.values()
-            self._steps.publish(values)
-            end(position.batch - 1, values)
-            observer.after_chunk()
-            yield record
+        with self._feeder(source, position, engine, pace) as feeder:
+            while (feed := feeder.take(observer.limit(pace.next()))) is not None:
+                begin(position.batch)
+                started = time.perf_counter()
+                record = self._runner.run(self._engine_for(engine, feed), kind, feed, first)
+                pace.ran(len(record), time.perf_counter() - started)
+                if feed.kind == "iterator":
+                    feeder.took(len(record), feed.count)
+                if not len(record):
+                    return
+                position.batch += len(record)
+                first += len(record) if kind == "train" else 0
+                record = observer.on_chunk(record)
+                position.aggregate.add(record)
+                values = position.aggregate.values()
+                if hooks.listening:
+                    self._steps.publish(values)
+                end(position.batch - 1, values)
+                observer.after_chunk()
+                yield record
+                if record.error is not None:
+                    raise record.error
+        self._steps.publish(position.aggregate.values())
+
+    @contextlib.contextmanager
+    def _feeder(self, source, position, engine, pace):
+        """What hands out an epoch's feeds. Closed when the epoch ends before its data do."""
+        capacity = pace.capacity(source.steps)
+        feeder = source.feeder(position.epoch, position.batch, capacity, blocks=engine in COMPILED)
+        try:
+            yield feeder
+        except BaseException:
+            feeder.close()
+            raise
 
     def _engine_for(self, engine, feed):
         """An epoch's short last batch is not worth a compilation that nobody asked for."""
-        return "graph" if feed.short and engine != "eager" and self._steps.choices["jit_compile"] == "auto" else engine
+        if feed.kind == "batch" and engine in COMPILED:
+            return "graph"
+        return "graph" if feed.short and engine in COMPILED and not self._is_explicit() else engine
 
-    def _choose(self, source):
-        if self._steps.eager:
-            self.engine = "eager"
-        else:
-            chosen = {True: "jit", "step": "jit", "loop": "scan", False: "graph", "auto": "graph"}
-            self.engine = chosen[self._steps.choices["jit_compile"]]
-            if self.engine == "scan" and isinstance(source, sources.DatasetSource):
-                self.engine = "jit"  # a tf.data iterator cannot be read inside a compiled chunk
+    def _choose(self, source, validation, epochs, pace, verbose):
+        """The engine of a fit; that of its evaluations is in `self._chosen`."""
+        self._chosen = self._explicit(source)
+        if self._chosen is None:
+            steps = None if source.steps is None else source.steps * epochs
+            tests = 0 if validation is None else (validation.steps or 0) * epochs
+            self._chosen = self._tuner.choose(source, steps, tests, pace.capacity(source.steps))
+            if self._chosen.why and verbose not in (0, "none"):
+                print(self._chosen.why, flush=True)
+        pace.expect(self._chosen.seconds.get(self._chosen.engine))
+        self.engine = self._chosen.engine
         return self.engine
+
+    def _explicit(self, source):
+        """The choice that was made by the user or by an earlier process, or `None`."""
+        if self._steps.eager:
+            return tuner.given("eager")
+        if self._is_explicit():
+            chosen = tuner.given(tuner.EXPLICIT[self._steps.choices["jit_compile"]])
+        else:
+            chosen = self._given
+        if chosen is not None and chosen.engine in COMPILED:
+            notes = tuner.uncompilable(self._runner.program("train", source.spec))
+            if notes:
+                raise ValueError(
+                    f"jit_compile={self._steps.choices['jit_compile']!r} asks for engine {chosen.engine!r}, but XLA "
+                    f"cannot compile the step: {notes}. Leave jit_compile at 'auto', or set it to False."
+                )
+        return chosen
+
+    def _is_explicit(self):
+        return self._steps.choices["jit_compile"] != "auto"
+
+    def _evaluation_engine(self):
+        if self._steps.eager:
+            return "eager"
+        if self._is_explicit():
+            return tuner.EXPLICIT[self._steps.choices["jit_compile"]]
+        chosen = self._chosen or self._given
+        return "graph" if chosen is None or chosen.evaluation == "eager" else chosen.evaluation
 
     def _one_by_one(self, hooks, kind="train"):
         return self._steps.eager or any(wants_batches(c, kind) for c in hooks.callbacks)
@@ -172,7 +234,7 @@ class Loop:
 
     def _test(self, source, hooks, verbose, **display):
         model = self._steps.model
-        engine = self._choose(source)
+        engine = self._evaluation_engine()
         model.reset_metrics()
         position = Position()
         pace = Pace(self._steps.choices["steps_per_execution"], self._one_by_one(hooks, "test"))
@@ -216,15 +278,14 @@ class Loop:
 
     def predict_on_batch(self, x):
         batch = tf.nest.map_structure(sources.as_array, keras.utils.pack_x_y_sample_weight(x))
-        self._steps.build_for_prediction(sources.spec_of(batch))
+        self._steps.build_for_prediction(spec_of(batch))
         with self._metrics_untouched():
             return tf.nest.map_structure(to_numpy, self._predict_batch(batch))
 
     def _predict_batch(self, batch):
-        spec = sources.spec_of(batch)
+        spec = spec_of(batch)
         tensors = [
-            tf.convert_to_tensor(t) if not isinstance(t, tf.RaggedTensor | tf.SparseTensor) else t
-            for t in sources.flat(batch)
+            tf.convert_to_tensor(t) if not isinstance(t, tf.RaggedTensor | tf.SparseTensor) else t for t in flat(batch)
         ]
         return self._runner.predict(spec, tensors, self._steps.eager)
 
@@ -247,7 +308,7 @@ class Loop:
         if class_weight is not None:
             data = sources.weighing(class_weight)(data)
         sources.common_length(data)
-        self._steps.build(sources.spec_of(data))
+        self._steps.build(spec_of(data))
         if kind == "train":
             self._steps.start()
         engine = "eager" if self._steps.eager else "graph"
@@ -261,13 +322,10 @@ class Loop:
 
 
 class Pace:
-    """How many steps the next chunk has: about a tenth of a second's worth, or what the user asked for.
+    """How many steps the next chunk has: about a tenth of a second's worth, or what the user asked for."""
 
-    `clock_seconds` is the wanted length of a chunk.
-    """
-
-    seconds = 0.1
-    most = 1024
+    seconds = 0.1  # of a chunk
+    most = 1024  # steps
 
     def __init__(self, steps_per_execution, by_step):
         self._fixed = 1 if by_step else None if steps_per_execution == "auto" else steps_per_execution
@@ -277,6 +335,11 @@ class Pace:
     def capacity(self, steps):
         """The most steps that a chunk may have."""
         return self._fixed or min(self.most, steps or self.most)
+
+    def expect(self, seconds):
+        """Takes the time of a step, where that is known before the first chunk."""
+        if self._fixed is None and seconds:
+            self._count = max(1, min(self.most, int(self.seconds / seconds)))
 
     def next(self):
         return self._count
@@ -291,7 +354,8 @@ class Pace:
 class Hooks:
     """The callbacks of a fit. `hooks.on_epoch_end(epoch, logs)` calls that of each, in order.
 
-    Keras' own `CallbackList` would sort the logs by name; here they keep the order in which they are shown.
+    Keras' own `CallbackList` would sort the logs by name; here they keep the order in which they are shown. A
+    callback may add to the logs, as the learning rate's do: those after it, and the bar, show what it added.
     """
 
     def __init__(self, callbacks, model, **params):
@@ -300,6 +364,8 @@ class Hooks:
                 callbacks, add_history=True, add_progbar=False, model=model, **params
             )
         self.callbacks = callbacks.callbacks
+        quiet = keras.callbacks.History | Observer
+        self.listening = any(not isinstance(c, quiet) for c in self.callbacks)
 
     def __getattr__(self, name):
         if not name.startswith("on_"):
@@ -309,7 +375,7 @@ class Hooks:
             logs = args[-1] if args and isinstance(args[-1], dict) else None
             where = args[:-1] if logs is not None else args
             for callback in self.callbacks:
-                getattr(callback, name)(*where, None if logs is None else dict(logs))
+                getattr(callback, name)(*where, logs)
 
         return call
 
@@ -347,7 +413,7 @@ def batches(source):
                 return
             yield batch.get_value()
         else:
-            yield sources.packed(feed.spec, sources.batch_of(feed.kind, feed.args, 0))
+            yield packed(feed.spec, batch_of(feed.kind, feed.args, 0))
 
 
 def concatenated(parts):

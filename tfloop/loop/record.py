@@ -62,6 +62,7 @@ class Record:
     first: int  # updates completed before the first row's step
     rows: np.ndarray
     results: dict[str, float]
+    error: Exception | None = None  # what ended the chunk early, to be raised when these steps have been seen
 
     def __len__(self):
         return len(self.rows)

@@ -1,0 +1,112 @@
+"""Feed: one or more batches, in the form in which a chunk of steps takes them."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+ALIGNMENT = 64  # bytes: what TensorFlow asks of memory that it takes over without a copy
+
+
+@dataclasses.dataclass
+class Feed:
+    """Up to `count` batches for one chunk.
+
+    `kind` says how a batch is had from `args` inside the program: `"rows"` (resident tensors and rows of
+    indices), `"block"` (batches stacked), `"batch"` (the tensors of one, ragged or sparse) or `"iterator"` (a
+    tf.data iterator, which may end early).
+    `spec` is the structure of a batch, with a `tf.TensorSpec` for every tensor.
+    """
+
+    kind: str
+    args: Any
+    count: int
+    spec: Any
+    short: bool = False  # an epoch's last batch, smaller than the others
+
+    @property
+    def capacity(self):
+        """The most batches that a feed of this shape can hold."""
+        if self.kind in ("iterator", "batch"):
+            return power_of_two(self.count)
+        return int((self.args[1] if self.kind == "rows" else self.args[0]).shape[0])
+
+
+def batch_of(kind, args, i):
+    """Batch `i` of a feed, inside the program: the flat list of its tensors."""
+    if kind == "rows":
+        arrays, rows = args
+        return [tf.gather(a, rows[i]) for a in arrays]
+    if kind == "block":
+        return [a[i] for a in args]
+    if kind == "batch":
+        return args
+    raise ValueError(kind)
+
+
+def flat(structure):
+    """The tensors of a batch in order, without the places that hold `None`."""
+    return [leaf for leaf in tf.nest.flatten(structure) if leaf is not None]
+
+
+def packed(spec, tensors):
+    """The batch again, in the structure of `spec`, `None` where it has `None`."""
+    tensors = iter(tensors)
+    return tf.nest.pack_sequence_as(spec, [None if leaf is None else next(tensors) for leaf in tf.nest.flatten(spec)])
+
+
+def spec_of(batch):
+    return tf.nest.map_structure(lambda a: None if a is None else tf.TensorSpec(a.shape, a.dtype), batch)
+
+
+def same_shapes(one, other):
+    return [(a.shape, a.dtype) for a in flat(one)] == [(a.shape, a.dtype) for a in flat(other)]
+
+
+def nbytes(batch):
+    """Bytes of a structure of arrays, tensors or specs."""
+    return sum(int(np.prod(a.shape)) * tf.as_dtype(a.dtype).size for a in flat(batch))
+
+
+def power_of_two(count):
+    """The least power of two that is not below."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def padded(array, capacity):
+    """The array with `capacity` entries, so that chunks of all lengths have one shape."""
+    if len(array) == capacity:
+        return array
+    filled = np.zeros((capacity, *array.shape[1:]), array.dtype)
+    filled[: len(array)] = array
+    return filled
+
+
+def stacked(batches, capacity):
+    """Batches of one shape as a block for `capacity` of them: one tensor for every leaf, each copied once."""
+    blocks = []
+    for leaves in zip(*map(flat, batches), strict=True):
+        block = empty((capacity, *leaves[0].shape), np.asarray(leaves[0]).dtype)
+        for place, leaf in zip(block, leaves, strict=False):
+            place[...] = leaf
+        blocks.append(as_tensor(block))
+    return blocks
+
+
+def empty(shape, dtype):
+    """An array without values whose memory a tensor can take over."""
+    dtype = np.dtype(dtype)
+    if dtype.hasobject or dtype.itemsize == 0:  # strings
+        return np.full(shape, b"", object)
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def as_tensor(array):
+    """A tensor of an array that nobody writes to any more: without a copy, where that can be."""
+    if array.flags.c_contiguous and array.dtype.kind in "fiu" and array.ctypes.data % ALIGNMENT == 0 and array.size:
+        return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+    return tf.convert_to_tensor(array)

@@ -1,0 +1,303 @@
+"""Streams: sources that can only be read, a `tf.data.Dataset` or batches made by Python.
+
+Neither is addressable: to come to a step, those before it are read. An error of a stream is raised at its own
+place, when the batches before it have been trained on.
+"""
+
+import itertools
+import queue
+import threading
+import warnings
+
+import numpy as np
+import tensorflow as tf
+
+from tfloop.loop.arrays import block_capacity
+from tfloop.loop.feed import Feed, flat, same_shapes, spec_of, stacked
+
+
+class DatasetSource:
+    """A `tf.data.Dataset` of batches: iterated inside the program, or stacked into blocks for a compiled chunk."""
+
+    addressable = False
+
+    def __init__(self, dataset, steps=None):
+        self.dataset = dataset
+        cardinality = int(dataset.cardinality())
+        if cardinality == 0:
+            raise ValueError("The dataset is empty: its cardinality is 0. Expected at least one batch.")
+        if cardinality < 0 and cardinality == tf.data.INFINITE_CARDINALITY and steps is None:
+            raise ValueError("The dataset is infinite: say how long an epoch is, with steps_per_epoch=... or steps=...")
+        self.length = cardinality if cardinality > 0 else None
+        self.steps = steps or self.length
+        self.spec = dataset.element_spec
+        self._endless = steps is not None
+        self._iterator = None
+        self._first = []  # a batch that a trial has read from the iterator
+        self._blocks = None
+
+    def feeder(self, epoch, start=0, capacity=1, blocks=False):
+        if blocks:
+            return self._python().feeder(epoch, start, capacity)
+        if self._iterator is None or not (self._endless or self._first):
+            self._iterator = iter(self.dataset)
+        first, self._first = self._first, []
+        return _DatasetFeeder(self, self._iterator, first, start, capacity)
+
+    def _python(self):
+        if self._blocks is None:
+            iterator, first = self._iterator, self._first
+            opened = iter([itertools.chain(first, iterator)] if first else [])
+            self._blocks = PythonSource(lambda epoch: next(opened, self.dataset), self.steps, spec=self.spec)
+            self._blocks.endless = self._endless
+        return self._blocks
+
+    def sample(self, count, capacity):
+        """A block of the first batch `count` times, for a trial. The batch is trained on later, in its turn."""
+        if not self._first:
+            self._iterator = iter(self.dataset)
+            self._first = [next(self._iterator)]
+        return block_of(self._first * count, min(capacity, block_capacity(spec_of(self._first[0]))), self.spec)
+
+    def restart(self):
+        self._iterator = None
+
+
+class _DatasetFeeder:
+    def __init__(self, source, iterator, first, start, capacity):
+        self._source, self._iterator, self._first = source, iterator, first
+        self._left = None if source.steps is None else source.steps
+        self._capacity = capacity
+        self.ended = False
+        for _ in range(start):
+            next(iterator) if not self._first else self._first.pop()
+            self._left = None if self._left is None else self._left - 1
+
+    def take(self, limit):
+        if self.ended or self._left == 0:
+            return None
+        if self._first:
+            self._left = None if self._left is None else self._left - 1
+            return block_of([self._first.pop()], 1, self._source.spec)
+        count = min(limit, self._capacity, limit if self._left is None else self._left)
+        return Feed("iterator", (self._iterator,), count, self._source.spec)
+
+    def took(self, count, asked):
+        """The loop says how many of the batches that it asked for were there."""
+        if self._left is not None:
+            self._left -= count
+        if count < asked:
+            self.ended = True
+            if self._left:
+                warn_ran_out(self._source)
+                self._source.restart()
+
+    def close(self):
+        pass
+
+
+def block_of(batches, capacity, spec):
+    """A feed of batches of one shape. Sparse and ragged batches come one by one."""
+    if not all(isinstance(leaf, np.ndarray | tf.Tensor) for leaf in flat(batches[0])):
+        return Feed("batch", flat(batches[0]), 1, spec)
+    count = min(len(batches), capacity)
+    return Feed("block", stacked(batches[:count], capacity), count, spec)
+
+
+class PythonSource:
+    """Batches from Python: a generator, a `keras.utils.PyDataset`, a torch-style loader.
+
+    Read ahead in a thread, a bounded number of batches. Several batches of equal shapes are stacked for one chunk.
+    """
+
+    addressable = False
+    ahead = 16  # batches
+
+    def __init__(self, batches, steps=None, transform=None, spec=None):
+        """`batches(epoch)` gives the iterable of an epoch, or the same endless iterator every time."""
+        self._batches = batches
+        self._transform = transform or (lambda batch: batch)
+        self.steps = steps
+        self.endless = False
+        self._stream = None
+        self._peeked = []
+        self._spec = self.given_spec = spec
+
+    @classmethod
+    def of_iterator(cls, iterator, steps, transform=None):
+        source = cls(lambda epoch: iterator, steps, transform)
+        source.endless = True
+        return source
+
+    @property
+    def spec(self):
+        if self._spec is None:
+            self._spec = spec_of(self._peek())
+        return self._spec
+
+    def _peek(self):
+        if not self._peeked:
+            self._open(0)
+            first = next(self._stream, None)
+            if first is None:
+                raise ValueError("The data are empty: the generator or loader gave no batch.")
+            self._peeked = [first]
+        return self._peeked[0]
+
+    def _open(self, epoch):
+        if self._stream is None:
+            iterator = iter(self._batches(epoch))
+            self._stream = ReadAhead(map(self._transform, iterator), self.ahead)
+
+    def sample(self, count, capacity):
+        """A block of the first batch `count` times, for a trial. The batch is trained on later, in its turn."""
+        return block_of([self._peek()] * count, min(capacity, block_capacity(self.spec)), self.spec)
+
+    def feeder(self, epoch, start=0, capacity=1, blocks=False):
+        self._open(epoch)
+        stream = itertools.chain(self._peeked, self._stream)
+        self._peeked = []
+        return _PythonFeeder(self, stream, start, capacity)
+
+    def hold(self, batch):
+        self._peeked = [batch]
+
+    def close(self, ended):
+        """At the end of an epoch: an endless stream goes on in the next one."""
+        if ended or not self.endless:
+            if self._stream is not None:
+                self._stream.close()
+            self._stream = None
+
+
+class _PythonFeeder:
+    def __init__(self, source, stream, start, capacity):
+        self._source, self._stream = source, stream
+        self._asked = capacity
+        self._capacity = None  # known with the first batch
+        self._first = None
+        self._left = source.steps
+        self._held = None
+        self._error = None
+        for _ in range(start):
+            next(stream)
+            self._left = None if self._left is None else self._left - 1
+
+    def take(self, limit):
+        if self._left == 0:
+            if self._held is not None:
+                self._source.hold(self._held)
+            self._source.close(ended=False)
+            return None
+        batches = self._read(limit)
+        if not batches:
+            if self._error is not None:
+                raise self._error
+            self._source.close(ended=True)
+            if self._left:
+                warn_ran_out(self._source)
+            return None
+        if self._left is not None:
+            self._left -= len(batches)
+        return self._feed(batches)
+
+    def _read(self, limit):
+        batches = []
+        while True:
+            if (batch := self._next()) is None:
+                break
+            if batches and not same_shapes(batches[0], batch):
+                self._held = batch
+                break
+            if self._capacity is None:
+                self._first = batch
+                self._capacity = min(self._asked, block_capacity(spec_of(batch))) if is_dense(batch) else 1
+            batches.append(batch)
+            if len(batches) >= min(limit, self._capacity, self._left or limit):
+                break
+        return batches
+
+    def _feed(self, batches):
+        regular = same_shapes(batches[0], self._first)
+        spec = self._source.given_spec
+        feed = block_of(batches, self._capacity if regular else len(batches), spec or spec_of(batches[0]))
+        feed.short = not regular
+        return feed
+
+    def _next(self):
+        if self._held is not None:
+            batch, self._held = self._held, None
+            return batch
+        if self._error is not None:
+            return None
+        try:
+            return next(self._stream, None)
+        except Exception as error:  # raised when the batches before it have been trained on
+            self._error = error
+            return None
+
+    def close(self):
+        self._source.close(ended=True)
+
+
+def is_dense(batch):
+    return all(isinstance(leaf, np.ndarray | tf.Tensor) for leaf in flat(batch))
+
+
+def warn_ran_out(source):
+    warnings.warn(
+        "Your input ran out of data; the epoch ends early. Make sure that the dataset or generator gives at least "
+        f"steps_per_epoch * epochs batches (here steps={source.steps}). You may need `.repeat()`.",
+        stacklevel=2,
+    )
+
+
+class ReadAhead:
+    """Iterates in a thread, at most `ahead` items in front; an error comes out at its own place."""
+
+    _END = object()
+
+    def __init__(self, iterable, ahead):
+        self._queue = queue.Queue(maxsize=ahead)
+        self._closed = threading.Event()
+        self._done = False
+        self._thread = threading.Thread(target=self._read, args=(iterable,), daemon=True)
+        self._thread.start()
+
+    def _read(self, iterable):
+        try:
+            for item in iterable:
+                if not self._put((item, None)):
+                    return
+        except BaseException as error:
+            self._put((None, error))
+        else:
+            self._put((self._END, None))
+
+    def _put(self, entry):
+        while not self._closed.is_set():
+            try:
+                self._queue.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self._done:
+            raise StopIteration
+        item, error = self._queue.get()
+        if error is not None:
+            self._done = True
+            raise error
+        if item is self._END:
+            self._done = True
+            raise StopIteration
+        return item
+
+    def close(self):
+        self._closed.set()
+        self._done = True
