@@ -31,7 +31,7 @@ class Progress:
     it is stateful: then it is shown as given. The last line shows the same averages (Keras' shows
     the last value there). The last line is written when `current` reaches `total`, or by `finish`.
 
-    The time of the first update is left out of the speed: it holds the tracing.
+    The time of the first update is left out of the live speed: it holds the tracing. The last line counts it.
 
     Args:
         total: number of steps; None where it is not known.

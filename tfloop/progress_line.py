@@ -36,10 +36,14 @@ class State:
             self.timed_from = self.latest  # the beginning, then the first update for good
         self.latest = Mark(step, self.latest.examples + examples, now)
 
-    def rate(self, what: str) -> float | None:
-        """`"step"` or `"examples"` a second, of this process only; None where not known yet."""
-        seconds = self.latest.time - self.timed_from.time
-        number = getattr(self.latest, what) - getattr(self.timed_from, what)
+    def rate(self, what: str, whole: bool = False) -> float | None:
+        """`"step"` or `"examples"` a second, of this process only; None where not known yet.
+
+        `whole`: over all the time that went by, tracing included.
+        """
+        since = self.began if whole else self.timed_from
+        seconds = self.latest.time - since.time
+        number = getattr(self.latest, what) - getattr(since, what)
         return number / seconds if seconds > 0 and number > 0 else None
 
     def eta(self, now: float) -> float | None:
@@ -96,7 +100,7 @@ def _fields(state, now, last=False):
         total = step if state.done else "?"
     count = f"{step:>{len(str(total))}}/{total}"
     values = [f"{name}: {format_number(value)}" for name, value in state.values.items()]
-    steps, examples, eta = state.rate("step"), state.rate("examples"), state.eta(now)
+    steps, examples, eta = state.rate("step", last), state.rate("examples", last), state.eta(now)
     elapsed = format_seconds(now - state.began.time)
     if last or eta is None or step >= total:
         times = [elapsed, steps and format_duration(1 / steps) + "/step"]
