@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from keras import layers, ops
 
 from tfloop import finite_differences
+from tfloop.model import Model
 from tfloop.numpy_loss import numpy_loss
 from tfloop.step import Step, running
 
@@ -269,3 +270,38 @@ def test_many_calls_are_warned_of_once(caplog):
 def test_what_is_no_function_is_refused(arguments):
     with pytest.raises(TypeError, match="is no function"):
         numpy_loss(*arguments)
+
+
+def in_the_loop(**compiled):
+    keras.utils.set_random_seed(0)
+    x = keras.Input((4,))
+    model = Model(x, layers.Dense(3, activation="softmax", name="p")(x))
+    model.compile(keras.optimizers.SGD(0.5), **compiled)
+    return model
+
+
+def labelled(y, p):
+    return crossentropy(y.astype(int), p)
+
+
+@pytest.mark.parametrize("way", ["compiled", "registered"])
+def test_in_the_loop_it_trains_as_keras_own(way):
+    x, y = RNG.normal(size=(20, 4)).astype("float32"), RNG.integers(0, 3, size=20)
+    own = in_the_loop(loss="sparse_categorical_crossentropy")
+    if way == "compiled":
+        ours = in_the_loop(loss=numpy_loss(labelled), metrics=[numpy_loss(labelled)])
+    else:
+        ours = in_the_loop()
+        ours.add_loss(lambda t: numpy_loss(labelled)(t["y"], t["p"]))
+        ours.add_metric(lambda t: numpy_loss(labelled)(t["y"], t["p"]), name="labelled")
+    history = [m.fit(x, y, batch_size=8, epochs=3, verbose=0).history for m in (own, ours)]
+    for name in ("loss", "labelled"):
+        np.testing.assert_allclose(history[1][name], history[0]["loss"], rtol=1e-4)
+    for a, b in zip(own.weights, ours.weights, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_in_the_loop_xla_is_refused_when_asked_for():
+    model = in_the_loop(loss=numpy_loss(labelled), jit_compile=True)
+    with pytest.raises(ValueError, match="numpy_loss 'labelled'"):
+        model.fit(np.ones((8, 4)), np.zeros(8), verbose=0)

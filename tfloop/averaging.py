@@ -70,7 +70,8 @@ class WeightAverage(keras.callbacks.Callback):
 
         Under a distribution strategy it is called in the strategy's scope.
         """
-        refuse_swapped(model)
+        if getattr(model, "_running_average", None) is not self:
+            refuse_swapped(model)
         if not model.built:
             raise ValueError(f"{model.name!r} has no weights yet: build it before averaging them.")
         weights = list(model.trainable_weights)
@@ -157,6 +158,7 @@ class WeightAverage(keras.callbacks.Callback):
                 "Keras' own `fit`. Make it a tfloop.Model: `tfloop.Model(model.inputs, "
                 "model.outputs)` for a functional or Sequential model."
             )
+        refuse_swapped(self.model)
 
 
 def refuse_swapped(model):
