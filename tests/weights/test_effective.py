@@ -394,18 +394,27 @@ def test_a_stateless_call_of_keras():
     assert len(others) == len(layer.non_trainable_variables)
 
 
+class Twice(keras.Model):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def call(self, x):
+        return self.layer(x) ** 2 + self.layer(2 * x) ** 3
+
+
 def test_a_rematerialised_layer():
+    """Its call runs again in the backward pass, outside Keras' call, and makes its weight there."""
     x = tf.constant(data(5, 4))
     with keras.RematScope(mode="full"):
-        plain = layers.Dense(3, use_bias=False)
-        layer = weights.SpectralNormalization(plain)
+        layer = weights.SpectralNormalization(layers.Dense(3, use_bias=False))
         layer.build((None, 4))
     same = dense()
     same.set_weights(layer.get_weights())
 
     def gradient(of):
         with tf.GradientTape() as tape:
-            loss = tf.reduce_sum(of(x) ** 2) + tf.reduce_sum(of(2 * x) ** 3)
+            loss = tf.reduce_sum(Twice(of)(x))
         return tape.gradient(loss, of.trainable_weights)[0]
 
     np.testing.assert_allclose(gradient(layer), gradient(same), rtol=1e-4, atol=1e-4)
@@ -417,20 +426,22 @@ def test_a_rematerialised_layer():
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float16", "float64"])
 def test_sigma_is_computed_from_the_master_in_float32(policy):
-    layer = weights.SpectralNormalization(layers.Dense(3, use_bias=False, dtype=policy))
-    layer.build((None, 4))
     seen = []
 
     class Seen(weights.Parametrization):
         def call(self, raw, training=False):
-            seen.append(raw.dtype)
+            seen.append(raw)
             return raw
 
-    weights.parametrize(layer, "kernel", Seen())
+    layer = weights.Parametrized(
+        layers.Dense(3, use_bias=False, dtype=policy), {"kernel": [Seen(), weights.SpectralNorm()]}
+    )
+    layer.build((None, 4))
     y = layer(np.eye(4), training=True)
     assert y.dtype == layer.layer.compute_dtype
-    assert set(seen) == {tf.float64 if policy == "float64" else tf.float32}
-    master = np.asarray(layer.layer.kernel, "float64")
+    assert {raw.dtype for raw in seen} == {tf.float64 if policy == "float64" else tf.float32}
+    np.testing.assert_array_equal(seen[-1], tf.cast(layer.layer.kernel.value, seen[-1].dtype))
+    master = np.asarray(layer.layer.kernel.numpy(), "float64")
     np.testing.assert_allclose(np.asarray(y, "float64"), master / np.linalg.norm(master, 2), rtol=2e-2, atol=1e-2)
     assert layer.effective_weights()["kernel"].dtype == layer.layer.kernel.dtype
 
