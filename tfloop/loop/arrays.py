@@ -70,6 +70,14 @@ class ArraySource:
             return np.append(rows, np.arange(whole * self.batch_size, self.examples)).astype(kind)
         return generator.permutation(self.examples).astype(kind)
 
+    def indices(self, epoch, batch):
+        """The examples in a batch."""
+        at = epoch * self.steps + batch
+        return Rows(self, at, at + 1).take(1)[0]
+
+    def skip_epochs(self, count):
+        """As if so many epochs had been read before, by a process that this one follows."""
+
     def feeder(self, epoch, start=0, capacity=1, blocks=False):
         made = ResidentFeeder if self.resident else GatheringFeeder
         return made(self, epoch * self.steps + start, (epoch + 1) * self.steps, capacity)

@@ -43,6 +43,10 @@ class Loop:
         """
         self._given = None if choice is None else tuner.given(choice)
 
+    def measure_each_step(self):
+        """From now on records have what compiled metrics measured in each step alone, for those who log steps."""
+        self._steps.measure_each_step()
+
     # Training.
 
     def fit(
@@ -126,8 +130,9 @@ class Loop:
         observer = observer_of(hooks.callbacks) if kind == "train" else Observer()
         first = int(self._steps.updates.numpy())
         with self._feeder(source, position, engine, pace) as feeder:
-            while (feed := feeder.take(observer.limit(pace.next()))) is not None:
+            while (feed := self._take(feeder, position, observer, pace)) is not None:
                 begin(position.batch)
+                observer.before_chunk()
                 started = time.perf_counter()
                 record = self._runner.run(self._engine_for(engine, feed), kind, feed, first)
                 pace.ran(len(record), time.perf_counter() - started)
@@ -136,8 +141,8 @@ class Loop:
                 if not len(record):
                     return
                 position.batch += len(record)
+                record = observer.on_chunk(record, feed)
                 first += len(record) if kind == "train" else 0
-                record = observer.on_chunk(record)
                 position.aggregate.add(record)
                 values = position.aggregate.values()
                 if hooks.listening:
@@ -148,6 +153,12 @@ class Loop:
                 if record.error is not None:
                     raise record.error
         self._steps.publish(position.aggregate.values())
+
+    def _take(self, feeder, position, observer, pace):
+        """The next feed, behind the batches that the observer leaves out."""
+        while observer.leaves_out(position) and discard(feeder):
+            position.batch += 1
+        return feeder.take(observer.limit(pace.next()))
 
     @contextlib.contextmanager
     def _feeder(self, source, position, engine, pace):
@@ -399,6 +410,16 @@ def wants_batches(callback, kind="train"):
     if kind == "train":
         hooks += ["on_batch_begin", "on_batch_end"]
     return any(getattr(type(callback), name, None) is not getattr(base, name) for name in hooks)
+
+
+def discard(feeder):
+    """Leaves the next batch out. Returns whether there was one."""
+    feed = feeder.take(1)
+    if feed is None or feed.kind != "iterator":
+        return feed is not None
+    there = bool(feed.args[0].get_next_as_optional().has_value())
+    feeder.took(int(there), 1)
+    return there
 
 
 def batches(source):

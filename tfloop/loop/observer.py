@@ -26,8 +26,10 @@ class Observer(keras.callbacks.Callback):
                                 once: all variables are there, the engine is not chosen yet
         start(position)         once, after `on_train_begin`: where to begin, with the state as it was there
         enter(position)         at the beginning of an epoch, after `on_epoch_begin`
-        limit(steps)            before each chunk: how many steps it may have
-        on_chunk(record)        after a chunk, before the callbacks see it; gives the record to go on with
+        leaves_out(position)    before each chunk: whether the next batch is passed over
+        limit(steps)            then: how many steps the chunk may have
+        before_chunk()          when the batches are there: from now on variables move
+        on_chunk(record, feed)  after it, before the callbacks see it; gives the record to go on with
         after_chunk()           when they have seen it: what is done by now is done
         on_epoch(epoch, logs)   when an epoch is over, after the callbacks
 
@@ -43,10 +45,16 @@ class Observer(keras.callbacks.Callback):
     def enter(self, position):
         pass
 
+    def leaves_out(self, position):
+        return False
+
     def limit(self, steps):
         return steps
 
-    def on_chunk(self, record):
+    def before_chunk(self):
+        pass
+
+    def on_chunk(self, record, feed):
         return record
 
     def after_chunk(self):

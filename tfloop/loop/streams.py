@@ -59,6 +59,17 @@ class DatasetSource:
             self._first = [next(self._iterator)]
         return block_of(self._first * count, min(capacity, block_capacity(spec_of(self._first[0]))), self.spec)
 
+    def skip_epochs(self, count):
+        """As if so many epochs had been read before, by a process that this one follows."""
+        if not self._endless:
+            for _ in range(count):
+                next(iter(self.dataset), None)  # what shuffles anew draws its seeds here
+        elif count:
+            self._iterator = iter(self.dataset)
+            for _ in range(count * self.steps):
+                next(self._iterator)
+            self._first = [next(self._iterator)]
+
     def restart(self):
         self._iterator = None
 
@@ -158,6 +169,16 @@ class PythonSource:
         stream = itertools.chain(self._peeked, self._stream)
         self._peeked = []
         return _PythonFeeder(self, stream, start, capacity)
+
+    def skip_epochs(self, count):
+        """As if so many epochs had been read before, by a process that this one follows."""
+        if not self.endless:
+            self._peeked = []
+            self.close(ended=True)
+            return
+        self._open(0)
+        for _ in range(count * self.steps):
+            next(self._stream) if not self._peeked else self._peeked.pop()
 
     def hold(self, batch):
         self._peeked = [batch]

@@ -13,7 +13,7 @@ FREE = frozenset(
 # Differences that may change the last bits, and nothing else.
 WARNED = ("versions", "threads", "machine")
 # Chosen by the run itself: taken from what was recorded.
-RECORDED = ("engine",)
+RECORDED = ("engine", "choice")
 
 
 class Changes(NamedTuple):

@@ -8,6 +8,7 @@ from tfloop import reproducibility
 from tfloop.model import Model
 from tfloop.runs import flags, workdir
 from tfloop.runs.checkpoint import Checkpoints
+from tfloop.runs.sentry import MOST_ROLLBACKS, NonFiniteError, RolledBack
 from tfloop.runs.session import Session
 from tfloop.runs.signals import Stop
 
@@ -29,6 +30,7 @@ class Run:
             is there to `previous-<n>/`, `"partial"` takes from a checkpoint what fits the model.
         on_nan: `"stop"`, `"skip"`, `"rollback"` or `"ignore"`, for a loss or gradient that is not finite.
         log: of `"tensorboard"` and `"csv"`; `metrics.jsonl` is always written.
+        spike: a `tfloop.runs.guard.SpikeRule`: a loss that it calls a spike is rolled back, as if not finite.
         best: a metric (`"val_loss"`, its minimum) or `("val_accuracy", "max")` whose best checkpoint is kept.
         settings: what else `config.json` shall hold under `flags`; differences are refused on a resume.
 
@@ -55,6 +57,7 @@ class Run:
         on_nan="stop",
         log=("tensorboard",),
         *,
+        spike=None,
         best=None,
         settings=None,
     ):
@@ -62,7 +65,7 @@ class Run:
             raise ValueError(f"on_nan must be one of {', '.join(ON_NAN)}, got {on_nan!r}.")
         self.every = flags.parse_every(checkpoint_every)
         self.log = flags.parse_log(log if isinstance(log, str) else ",".join(log))
-        self.keep, self.resume, self.on_nan, self.best = keep, resume, on_nan, best
+        self.keep, self.resume, self.on_nan, self.spike, self.best = keep, resume, on_nan, spike, best
         self.seed = seed
         self.settings = dict(settings or {})
         self.history = None
@@ -95,15 +98,28 @@ class Run:
         callbacks = arguments.pop("callbacks", None)
         if isinstance(callbacks, keras.callbacks.CallbackList):
             raise TypeError("A run takes a list of callbacks, not a CallbackList.")
+        callbacks = list(keras.tree.flatten(callbacks or []))
         stop = Stop()
         try:
-            session = self._session = Session(self, self._place, self._checkpoints(), stop, {"epochs": 1, **arguments})
-            with stop.listening(), session:
-                model.fit(x, y, callbacks=[*keras.tree.flatten(callbacks or []), session], **arguments)
+            with stop.listening():
+                self._fit(model, x, y, callbacks, stop, {"epochs": 1, **arguments})
         finally:
             self.close()
         self.history = model.history
         return self.history
+
+    def _fit(self, model, x, y, callbacks, stop, arguments):
+        """Fits, and after a rollback goes on from the last checkpoint as a new process would."""
+        skipped = ()
+        for _ in range(MOST_ROLLBACKS + 1):
+            self._session = Session(self, self._place, self._checkpoints(), stop, arguments, skipped)
+            try:
+                with self._session:
+                    model.fit(x, y, callbacks=[*callbacks, self._session], **arguments)
+                return
+            except RolledBack as rolled:
+                skipped = rolled.skipped.ranges
+        raise NonFiniteError(f"Rolled back {MOST_ROLLBACKS} times in one process; batches left out: {skipped}.")
 
     def _checkpoints(self):
         found = Checkpoints(self._place.path(workdir.CHECKPOINTS), self.keep, self.best)

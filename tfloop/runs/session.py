@@ -1,7 +1,7 @@
 """A session: one process's part in a run. It accompanies `fit`, logs what the loop records, saves and resumes.
 
-What is done is done at `after_chunk`: the position, the rows written and the state of the variables belong
-together there, and nowhere else.
+Variables, position and rows belong together after a chunk, and not while one runs: what ends a fit in a chunk
+(an error in the step, a second Ctrl-C) leaves the state of an earlier chunk to be saved, kept in memory for that.
 """
 
 import sys
@@ -11,47 +11,57 @@ import numpy as np
 from absl import logging
 
 from tfloop import reproducibility, statistics
+from tfloop.keeping import Keeper
 from tfloop.loop.observer import Observer, Position
-from tfloop.runs import callback_state, config, environment, workdir
+from tfloop.runs import callback_state, config, environment, guard, workdir
 from tfloop.runs.errors import CheckpointError, ConfigError
+from tfloop.runs.sentry import RolledBack, Sentry
 from tfloop.runs.writers import CSV, JSONL, Composite, Curves, TensorBoard, Threaded
+
+# Of the time, what copies of the state for the case of an error may take.
+SHARE_OF_COPIES = 0.01
 
 
 class Session(Observer):
-    """The observer of one `fit` of a run."""
+    """The observer of one `fit` of a run.
 
-    def __init__(self, run, place, checkpoints, stop, arguments):
+    `arguments`: of the fit; `skipped`: the batches that are left out after a rollback.
+    """
+
+    def __init__(self, run, place, checkpoints, stop, arguments, skipped=()):
         super().__init__()
         self._run, self._place, self._checkpoints, self._stop = run, place, checkpoints, stop
         self._arguments = arguments
-        self._restored = None
-        self._writer = None
-        self._loop = None
-        self._read = None
+        self._skipped = guard.Skipped(skipped)
+        self._writer = None  # there from the start of the training on
+        self._moving = False  # whether a chunk is running
+        self._copy = None  # of the state, for an error in a chunk: see `_State`
+        self._copied_at, self._copy_seconds = 0.0, 0.0
         self._saved = None  # where the last save was made
-        self._logs = None  # of the last epoch
-        self._consistent = False  # whether variables, position and rows belong together now
-        self._saved_at = time.monotonic()
-        self._began = time.monotonic()
+        self._saved_at = self._began = time.monotonic()
         self._seconds_before = 0.0
+        self._logs = None  # of the last epoch
         self.updates = 0
         self.was_finished = False
 
     # Beginning.
 
     def on_built(self, loop, source, callbacks):
-        self._loop = loop
+        self._loop, self._source = loop, source
         self._others = [c for c in callbacks if c is not self]
-        self._variables = {
-            **reproducibility.state_variables(self.model),
-            **reproducibility.metric_variables(self.model),
-        }
+        model = self.model
+        self._variables = {**reproducibility.state_variables(model), **reproducibility.metric_variables(model)}
         self._read = reproducibility.Reader(self._variables)
         self._before = self._place.read_json(workdir.CONFIG)
         self._now = self._configuration(source)
         if self._before is not None:
             self._compare(self._before, self._now)
+            loop.use(self._before.get("choice"))
         self._restored = self._checkpoints.restore_latest(self._variables, partial=self._run.resume == "partial")
+        run, process = self._run, reproducibility.process_variables()
+        self._all = {**self._variables, **process}
+        self._sentry = Sentry(model, self._all, source, run.on_nan, run.spike, self._skipped, self._place)
+        keep_by(model, None if run.on_nan == "ignore" else run.on_nan != "skip", self._all)
 
     def _configuration(self, source):
         data = {"examples": getattr(source, "examples", None), "steps_per_epoch": source.steps}
@@ -81,23 +91,32 @@ class Session(Observer):
             position = self._resume()
         self.updates = self._count()
         if self._before is None:
-            self._place.write_json(workdir.CONFIG, {**self._now, "engine": self._loop.engine})
+            engine = {"engine": self._loop.engine, "choice": self._loop.choice}
+            self._place.write_json(workdir.CONFIG, {**self._now, **engine})
         self._open_writers()
         if self._before is not None:
             self._writer.resume(self.updates, position.epoch)
-        self._consistent = True
+        if self._restored is None and self._run.on_nan == "rollback":
+            self.save()  # so that there is something to go back to
+        self._loop.position = position
+        self._copy_state()
         return position
 
     def _resume(self):
         manifest = self._restored.manifest
         self._restore()
         self._seconds_before = manifest["seconds"]
+        self._sentry.set_state(manifest["sentry"])
         position = Position(manifest["epoch"], manifest["batch"])
         position.aggregate.set_state(manifest["aggregate"])
+        self._saved = (self._count(), position.epoch, position.batch)
         self.model.stop_training = manifest["stop_training"]
         self.was_finished = self.model.stop_training or position.epoch >= self._arguments["epochs"]
         where = "is finished" if self.was_finished else f"goes on in epoch {position.epoch + 1}"
-        print(f"{self._run.folder} {where}: {self._count()} steps are done.", file=sys.stderr, flush=True)
+        tell(f"{self._run.folder} {where}: {self._count()} steps are done.")
+        if not self._source.addressable and not self.was_finished:
+            tell("The data cannot be positioned and are counted through: exact if they come in the same order again.")
+            self._source.skip_epochs(position.epoch)
         return position
 
     def enter(self, position):
@@ -127,63 +146,91 @@ class Session(Observer):
 
     # Between chunks.
 
+    def leaves_out(self, position):
+        return (position.epoch, position.batch) in self._skipped
+
     def limit(self, steps):
-        if self._run.every.steps is not None:
-            steps = min(steps, self._run.every.steps - self.updates % self._run.every.steps)
+        every, position = self._run.every.steps, self._loop.position
+        if every is not None:
+            steps = min(steps, every - self.updates % every)
+        if self._skipped.ranges:
+            ahead = (i for i in range(1, steps) if (position.epoch, position.batch + i) in self._skipped)
+            steps = next(ahead, steps)
         return steps
 
-    def on_chunk(self, record):
-        self._consistent = False
-        names, values, due = record.scalars()
-        steps = record.first + 1 + np.arange(len(record))
-        values = values.astype(record.rows.dtype)
-        self._writer.rows("train", steps, self._loop.position.epoch, names, values, due)
-        for name, index, counts in record.histograms():
-            self._writer.histogram(name, index + 1, EDGES, counts)
+    def before_chunk(self):
+        self._moving = True
+
+    def on_chunk(self, record, feed):
+        position = self._loop.position
+        record = self._sentry.look(record, feed, position)
+        if len(record):
+            names, values, due = record.scalars()
+            steps = record.first + 1 + np.arange(len(record))
+            self._writer.rows("train", steps, position.epoch, names, values.astype(record.rows.dtype), due)
+            for name, index, counts in record.histograms():
+                self._writer.histogram(name, index + 1, EDGES, counts)
         self.updates = record.first + len(record)
-        self._consistent = True
+        self._moving = False
         return record
 
     def after_chunk(self):
+        self._sentry.act()
         if self._stop.signal is not None:
             self._stop.end()
-        every = self._run.every
-        if every.steps is not None and self.updates % every.steps == 0:
+        if self._is_due() and self._saved != self._here():
             self.save()
-        elif every.seconds is not None and time.monotonic() - self._saved_at >= every.seconds:
-            if not self._checkpoints.busy:
-                self.save()
+        elif time.monotonic() - self._copied_at > self._copy_seconds / SHARE_OF_COPIES:
+            self._copy_state()
+
+    def _is_due(self):
+        every = self._run.every
+        if every.steps is not None:
+            return self.updates % every.steps == 0
+        due = every.seconds is not None and time.monotonic() - self._saved_at >= every.seconds
+        return due and not self._checkpoints.busy
 
     def on_epoch(self, epoch, logs):
-        self._consistent = True
         self._writer.scalars("epoch", self.updates, epoch, logs)
         self._logs = logs
         if self._run.every == (None, None):
-            self.save(metrics=logs)
+            self.save()
         if self._stop.signal is not None:
             self._stop.end()
 
     # Saving.
 
-    def save(self, metrics=None, wait=False):
-        """Saves the state as it is now, on a thread."""
+    def _state(self):
+        """Everything that a checkpoint holds, copied: `(where, tensors, manifest)`."""
         position = self._loop.position
         states, tensors = callback_state.get_states(self._others)
-        process = reproducibility.snapshot(reproducibility.process_variables())
         manifest = {
             "epoch": position.epoch,
             "batch": position.batch,
             "aggregate": position.aggregate.get_state(),
             "stop_training": bool(self.model.stop_training),
             "callbacks": states,
+            "sentry": self._sentry.get_state(),
             "random": reproducibility.random_state(),
             "seconds": self._seconds(),
         }
-        arrays = {**self._read(), **process, **tensors}
-        scores = {n: float(v) for n, v in (metrics or {}).items() if isinstance(v, int | float)}
+        process = reproducibility.snapshot(reproducibility.process_variables())
+        return self._here(), {**self._read(), **process, **tensors}, manifest
+
+    def _copy_state(self):
+        before = time.monotonic()
+        self._copy = self._state()
+        self._copied_at = time.monotonic()
+        self._copy_seconds = self._copied_at - before
+
+    def save(self, state=None, wait=False):
+        """Saves the state as it is now, or a copy, on a thread."""
+        where, tensors, manifest = self._copy = state or self._state()
+        self._copied_at = time.monotonic()
+        scores = {n: float(v) for n, v in (self._logs or {}).items() if isinstance(v, int | float)}
         flush = self._writer.flush
-        self._checkpoints.save(self.updates, arrays, manifest, scores, before_commit=flush, wait=wait, copy=False)
-        self._saved_at, self._saved = time.monotonic(), self._here()
+        self._checkpoints.save(where[0], tensors, manifest, scores, before_commit=flush, wait=wait, copy=False)
+        self._saved_at, self._saved = time.monotonic(), where
 
     def _here(self):
         return self.updates, self._loop.position.epoch, self._loop.position.batch
@@ -200,18 +247,24 @@ class Session(Observer):
         if self._writer is None:  # nothing was begun
             return
         try:
-            if self._consistent:
+            at_once = isinstance(error, KeyboardInterrupt) and not self._stop.ended
+            if not at_once and not self.was_finished and not isinstance(error, RolledBack):
                 self._save_at_the_end(error)
             if error is None:
                 self._summarize()
         finally:
-            self._writer.close()
+            self._close(error)
 
     def _save_at_the_end(self, error):
         try:
             self._wait()
-            if self._saved != self._here() and not self.was_finished:
-                self.save(metrics=self._logs, wait=True)
+            if self._moving:
+                state = self._copy
+                logging.warning("The step did not end: what is saved is the state after step %d.", state[0][0])
+            else:
+                state = self._state()
+            if self._saved != state[0]:
+                self.save(state, wait=True)
         except CheckpointError as failure:
             if error is None:
                 raise
@@ -225,23 +278,45 @@ class Session(Observer):
             logging.warning("%s", failure)
             self._saved = None
 
+    def _close(self, error):
+        try:
+            self._writer.close()
+        except OSError as failure:
+            if error is None:
+                raise
+            logging.error("The logs could not be written: %s", failure)
+
     def _summarize(self):
         if self.was_finished and self._place.read_json(workdir.SUMMARY) is not None:
             return
-        logs = self._last_logs()
+        history = self.model.history.history if self.model.history else {}
         summary = {
-            "metrics": logs,
+            "metrics": {name: values[-1] for name, values in history.items() if values},
             "steps": self.updates,
             "epochs": self._loop.position.epoch,
             "seconds": self._seconds(),
             "engine": self._loop.engine,
             "fingerprint": reproducibility.fingerprint(self.model),
         }
+        if self._sentry.count:
+            summary["skipped_steps"] = self._sentry.count
         self._place.write_json(workdir.SUMMARY, summary)
 
-    def _last_logs(self):
-        history = self.model.history.history if self.model.history else {}
-        return {name: values[-1] for name, values in history.items() if values}
+
+def keep_by(model, halts, variables):
+    """Gives a model the `Keeper` of its steps; `halts=None` takes it away. One that fits stays."""
+    wanted = None if halts is None else (halts, tuple(map(id, variables.values())))
+    kept = model.__dict__.get("_keeper_for")
+    if wanted != kept:
+        model.__dict__["_keeper"] = None if halts is None else Keeper(variables.values(), halts)
+        model.__dict__["_keeper_for"] = wanted
+    if model._keeper is not None:
+        model._keeper.begin()
+
+
+def tell(text):
+    """A line for whoever looks, whatever becomes of the logs."""
+    print(text, file=sys.stderr, flush=True)
 
 
 # The open ends of a histogram get an end, so that TensorBoard can draw them.

@@ -11,6 +11,7 @@ class Stop:
 
     def __init__(self):
         self.signal = None
+        self.ended = False  # whether it was obeyed
 
     def ask(self, number, frame=None):
         """A signal handler."""
@@ -36,6 +37,7 @@ class Stop:
 
     def end(self):
         """Leaves as the signal would have: `KeyboardInterrupt`, or exit status 143."""
+        self.ended = True
         if self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + int(self.signal))
