@@ -15,7 +15,9 @@ import numpy as np
 class Column:
     """One scalar of a step (`width` 1), or counts that stand side by side.
 
-    `aggregation` makes the epoch's value of the steps': `mean` weighs by the batch's number of examples.
+    `aggregation` makes the epoch's value of the steps': `mean` weighs by the batch's number of examples. Two kinds
+    stand beside a metric object: `running` is its result as of that step, which is no value of the step's own, and
+    `step` is what it measured in that step alone, of which no epoch's value is made.
     The value is computed in steps 0, every, 2 * every, ... and means nothing in the others.
     """
 
@@ -72,8 +74,8 @@ class Record:
         return int(self.rows[:, 0].sum())
 
     def scalars(self):
-        """The names of the scalar columns, and their values as an array `(k, names)`; absent ones are NaN."""
-        picked = [(c, s.start) for c, s in self.layout.slices() if c.width == 1]
+        """The names of what each step measured, the values as an array `(k, names)`, and which of them were due."""
+        picked = [(c, s.start) for c, s in self.layout.slices() if c.width == 1 and c.aggregation != "running"]
         values = self.rows[:, [i for _, i in picked]].astype(np.float64)
         due = np.arange(self.first, self.first + len(self))[:, None] % [c.every for c, _ in picked] == 0
         return [c.name for c, _ in picked], values, due
@@ -103,7 +105,7 @@ class Aggregate:
         sizes = record.rows[:, 0].astype(np.float64)
         index = np.arange(record.first, record.first + len(record))
         for column, place in record.layout.slices():
-            if column.width == 1:
+            if column.width == 1 and column.aggregation != "step":
                 due = index % column.every == 0
                 if due.any():
                     self._fold(column, record.rows[due, place.start].astype(np.float64), sizes[due])
@@ -120,7 +122,7 @@ class Aggregate:
             weight += float(sizes.sum())
         elif column.aggregation == "sum":
             value = (value or 0.0) + float(values.sum())
-        elif column.aggregation == "last":
+        elif column.aggregation in ("last", "running"):
             value = float(values[-1])
         else:
             reduce = {"min": np.min, "max": np.max}[column.aggregation]

@@ -18,10 +18,9 @@ from tfloop.loop.feed import flat, nbytes
 SHARE = 0.05  # of the expected run, for the trial
 MOST = 10.0  # seconds, for the trial
 LEAST = 50  # steps: no run shorter than this is worth a trial
-MEASURED = 0.02  # seconds, for one measurement of one engine
+MEASURED = 0.02  # seconds, for one measurement of one engine, if a step takes less
 ROUNDS = 4  # further measurements of each engine that is still in the race
-LOST = 1.4  # times slower than the best: out of the race
-HOPELESS = 5  # times slower than the best: measured with single steps only
+LOST = 1.4  # times slower than the best, in its best measurement: out of the race
 MARGIN = 0.97  # of graph's time, what an engine must undercut to be preferred to it
 OVERHEAD = 15e-6  # seconds an operation: a faster graph step is mostly overhead, which a compiled one has not
 COMPILING = 2e-3  # seconds an operation, before anything was measured
@@ -135,16 +134,17 @@ class Trial:
             return
         self._compiling[engine] = self._clock() - started
         self._times[engine] = [self._run(engine, 1)]
-        self._measure(engine)
+        for again in range(5):  # of few steps the chunk is most, and what looks lost may have been disturbed
+            if again < 2 or self._is_lost(engine):
+                self._measure(engine)
 
     def _measure(self, engine):
+        """Runs as many steps as the time for a measurement allows, or one."""
         seconds = min(self._times[engine])
-        count = 1 if self._is_lost(engine, HOPELESS) else max(1, int(MEASURED / max(seconds, 1e-6)))
-        self._times[engine].append(self._run(engine, count))
+        self._times[engine].append(self._run(engine, max(1, int(MEASURED / max(seconds, 1e-6)))))
 
-    def _is_lost(self, engine, times):
-        """Whether an engine is slower than the best, in its best measurement, so many times."""
-        return min(self._times[engine]) > times * min(map(min, self._times.values()))
+    def _is_lost(self, engine):
+        return min(self._times[engine]) > LOST * min(map(min, self._times.values()))
 
     def _run(self, engine, count):
         """Seconds a step."""
@@ -173,7 +173,7 @@ class Trial:
     def _repeat(self):
         """Measures those that are still in the race in turns, so that what else the machine does meets all alike."""
         for _ in range(ROUNDS):
-            racing = [e for e in self._times if not self._is_lost(e, LOST)]
+            racing = [e for e in self._times if not self._is_lost(e)]
             if len(racing) < 2 or self._spent() > MOST:
                 return
             for engine in racing:
