@@ -31,7 +31,7 @@ def test_a_built_layer_keeps_its_weights():
     before = plain.get_weights()
     layer = weights.Parametrized(plain, {"kernel": weights.UnitNorm()})
     layer(data(2, 4))
-    for new, old in zip(plain.get_weights()[:2], before, strict=True):
+    for new, old in zip(plain.get_weights(), before, strict=True):
         np.testing.assert_array_equal(new, old)
     assert set(layer.effective_weights()) == {"kernel"}  # at once, before it is called
 
@@ -45,10 +45,11 @@ def test_states_have_names():
         "layer/cell/kernel",
         "layer/cell/recurrent_kernel",
         "layer/cell/bias",
-        "layer/cell/kernel_spectral_norm/u",
-        "layer/cell/recurrent_kernel_weight_norm/g",
-        "layer/cell/recurrent_kernel_weight_norm_1/g",
+        "cell_kernel_spectral_norm/u",
+        "cell_recurrent_kernel_weight_norm/g",
+        "cell_recurrent_kernel_weight_norm_1/g",
     ]
+    assert len(layer.layer.weights) == 3  # what is wrapped stays as it was
     assert len(layer.trainable_weights) == 5
     layer.trainable = False
     assert layer.trainable_weights == []

@@ -33,15 +33,17 @@ def is_parametrized(variable):
     return isinstance(variable, ParametrizedVariable)
 
 
-def attach(owner, variable, parametrizations, path):
+def attach(owner, variable, parametrizations, path, holder=None):
     """Gives a variable further parametrisations, applied after those that it has.
 
     Args:
-        owner: the layer to which the variable belongs. Their state becomes part of it, under names such
-            as `kernel_spectral_norm/u`.
+        owner: the layer to which the variable belongs.
         variable: its weight, of a floating dtype.
         parametrizations: list of `Parametrization`, taken as patterns: the variable gets copies.
         path: the weight's name in messages.
+        holder: the layer of which the state becomes a part, under names such as `kernel_spectral_norm/u`: a
+            wrapper, which leaves the weights of what it wraps as they are, or by default the owner, so that
+            state is trained, frozen and saved with the weight.
     """
     check(variable, path)
     old, new = list(getattr(variable, "parametrizations", ())), [p.fresh() for p in parametrizations]
@@ -52,11 +54,16 @@ def attach(owner, variable, parametrizations, path):
         parametrization.trainable = variable.trainable
     _keras.when_initialized(variable, lambda: begin(variable, old, new, path))
     for parametrization in new:
-        with _keras.unlocked(owner):
-            setattr(owner, free_name(owner, f"{variable.name}_{parametrization.kind}"), parametrization)
+        hold(holder or owner, parametrization, variable.name if holder is None else path.replace("/", "_"))
     variable.parametrizations = [*old, *new]
     variable.__class__ = ParametrizedVariable
     enter_at(owner)
+
+
+def hold(holder, parametrization, prefix):
+    """Makes the state a part of the holder."""
+    with _keras.unlocked(holder):
+        setattr(holder, free_name(holder, f"{prefix}_{parametrization.kind}"), parametrization)
 
 
 def detach(owner, variable):

@@ -132,7 +132,7 @@ def warm_start(model):
     ```python
     layer = tfloop.SpectralNormalization(layers.Dense(4))
     layer.build((None, 3))
-    layer.layer.set_weights([np.diag([1.0, 2.0, 3.0, 0.0])[:3], np.zeros(4)])
+    layer.layer.kernel.assign(np.eye(3, 4) * [1.0, 2.0, 3.0, 0.0])
     tfloop.warm_start(layer)
     np.testing.assert_allclose(np.linalg.norm(layer.effective_weights()["kernel"], 2), 1.0, rtol=1e-3)
     ```

@@ -116,7 +116,7 @@ class Parametrized(keras.layers.Wrapper):
             raise ValueError(f"{self.layer.name!r} ({type(self.layer).__name__}) has no weights to parametrise.")
         targets = self._targets(weights)
         for path, given in targets:
-            attach(*weights[path], given, path)
+            attach(*weights[path], given, path, holder=self)
         enter_above(self.layer, [weights[path][1] for path, _ in targets])
 
     def _targets(self, weights):
