@@ -21,13 +21,12 @@ ROWS = (
         "statistics",
         "tensors",
         "reproducibility",
-        "averaging",
         "batch_norm",
         "keeping",
         "numpy_loss finite_differences",
         "prediction",
     ),
-    ("terms", "weights"),  # a weight knows no loss
+    ("terms", "weights", "averaging"),  # a weight knows no loss
     ("layer", "loop"),  # the loop knows a model only as something with steps, state and terms
     ("model model_step",),
     ("runs",),

@@ -1,16 +1,18 @@
 """Averages against NumPy over saved snapshots, and the swap, byte for byte."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers, ops
 
-from tfloop import names
+from tfloop import reproducibility
 from tfloop.averaging import WeightAverage, averaged
 from tfloop.batch_norm import reestimate_batch_norm
 from tfloop.model import Model
-from tfloop.reproducibility import fingerprint
+from tfloop.runs.run import Run
 
 
 def network(seed=0, dtype=None):
@@ -120,7 +122,7 @@ def test_step_without_an_update_takes_no_snapshot():
 def test_state_is_named_after_the_weights():
     model, running = network(), WeightAverage()
     running.build(model)
-    weights = names.weight_names(model)
+    weights = reproducibility.weights(model)
     trainable = {f"average/{path}" for path, w in weights.items() if w.trainable}
     assert set(running.state()) == trainable | {"average/count"}
 
@@ -214,13 +216,14 @@ def test_keras_own_fit_is_told_what_is_missing():
         model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0, callbacks=[WeightAverage()])
 
 
-def fitted(callbacks, epochs=3, **arguments):
+def fitted(callbacks, epochs=3, train=None, **arguments):
     """A model of tfloop's, trained for 4 updates an epoch."""
     x_in = keras.Input((3,))
     model = Model(x_in, layers.Dense(2)(layers.Dense(3, activation="tanh")(x_in)))
     model.compile(keras.optimizers.SGD(0.1), "mse")
     x = np.random.default_rng(0).normal(size=(14, 3)).astype("float32")
-    model.fit(x, x[:, :2], batch_size=4, epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks, **arguments)
+    train = functools.partial(train, model) if train else model.fit
+    train(x, x[:, :2], batch_size=4, epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks, **arguments)
     return model
 
 
@@ -264,12 +267,23 @@ def test_fit_validates_with_the_average_when_asked():
 def test_running_average_is_part_of_the_fingerprint():
     keras.utils.set_random_seed(0)
     model = fitted([running := WeightAverage()])
-    before = fingerprint(model)
+    before = reproducibility.fingerprint(model)
     running.state()["average/count"].assign_add(1)
-    assert fingerprint(model) != before
+    assert reproducibility.fingerprint(model) != before
 
 
 def test_fit_inside_averaged_is_refused():
     model = fitted([WeightAverage()])
     with averaged(model), pytest.raises(RuntimeError, match="averaged weights"):
         model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0, callbacks=[WeightAverage()])
+
+
+def test_resumed_run_goes_on_with_the_average(tmp_path, caplog):
+    def train(folder, epochs):
+        run, running = Run(folder, seed=1, log=()), WeightAverage(start=3, every=2)
+        model = fitted([running], epochs, train=run.fit)
+        return reproducibility.fingerprint(model), int(running.count)
+
+    train(tmp_path / "parts", 1)
+    assert train(tmp_path / "parts", 3) == train(tmp_path / "whole", 3)
+    assert "WeightAverage" not in caplog.text  # nothing of it begins anew

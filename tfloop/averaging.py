@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfloop import names
+from tfloop import names, reproducibility
 
 KINDS = ("swa", "ema")
 
@@ -76,7 +76,7 @@ class WeightAverage(keras.callbacks.Callback):
             raise ValueError(f"{model.name!r} has no weights yet: build it before averaging them.")
         weights = list(model.trainable_weights)
         if [id(w) for w in weights] != [id(w) for w in self._weights]:
-            paths = {id(w): path for path, w in names.weight_names(model).items()}
+            paths = {id(w): path for path, w in reproducibility.weights(model).items()}
             self._names = [paths[id(w)] for w in weights]
             self._weights = weights
             self._averages = [state_like(w) for w in weights]
@@ -112,6 +112,13 @@ class WeightAverage(keras.callbacks.Callback):
         if self.count is not None:
             named[names.unique("average/count", named)] = self.count
         return named
+
+    def get_state(self):
+        """Nothing: what a checkpoint keeps of a callback is here part of the model's state."""
+        return {}
+
+    def set_state(self, state):
+        pass
 
     def for_validation(self, model):
         """The context in which validation runs: the averaged weights if asked for and there."""

@@ -60,11 +60,8 @@ def state_variables(model):
     `optimizer/momentums/encoder/dense/kernel`), then what the model offers in a method
     `extra_state() -> {name: variable}`.
     """
-    layers = [(path, layer) for path, layer in _walk(model) if isinstance(layer, keras.layers.Layer)]
-    state = _Names()
-    for path, layer in layers:
-        for name, variable in _numbered(names.own_weights(layer)):
-            state.add(names.join(path, name), variable)
+    layers = _layers(model)
+    state = _weights(layers)
     weights = {id(variable): name for name, variable in state.items()}
     for path, layer in layers:
         for name, variable in _other_variables(layer):
@@ -79,6 +76,23 @@ def state_variables(model):
     for name, variable in getattr(model, "extra_state", dict)().items():
         state.add(name, variable)
     return state.named
+
+
+def weights(model):
+    """`name -> variable` for the weights alone, named as among the `state_variables`."""
+    return _weights(_layers(model)).named
+
+
+def _layers(model):
+    return [(path, layer) for path, layer in _walk(model) if isinstance(layer, keras.layers.Layer)]
+
+
+def _weights(layers):
+    state = _Names()
+    for path, layer in layers:
+        for name, variable in _numbered(names.own_weights(layer)):
+            state.add(names.join(path, name), variable)
+    return state
 
 
 def metric_variables(model):

@@ -89,9 +89,8 @@ def of_model(source, model):
 
 
 def of_checkpoint(path, model):
-    """By the names of the model's state. What else a checkpoint holds (optimizers, seeds) is not read."""
-    state = reproducibility.state_variables(model)
-    names = {id(variable): name for name, variable in state.items()}
+    """By name. What else a checkpoint holds (optimizers, seeds) is not read."""
+    names = {id(variable): name for name, variable in reproducibility.weights(model).items()}
     wanted = {names[id(w)]: tuple(w.shape) for w in model.weights}
     try:
         content = checkpoint_file.verify(path)
