@@ -1,5 +1,6 @@
 """The private names of Keras that losses, metrics and steps need: each fails when Keras changes it."""
 
+import contextlib
 import copy
 
 import keras
@@ -120,11 +121,18 @@ def test_results_carry_their_metric_also_a_copys():
 def test_updates_are_told():
     metric, told = keras.metrics.Mean(), []
     _keras.mark_results(metric)
-    with _keras.observing_updates(told.append):
+
+    @contextlib.contextmanager
+    def tell(metric):
+        before = float(metric.count)
+        yield
+        told.append((metric, float(metric.count) - before))
+
+    with _keras.observing_updates(tell):
         metric.update_state(1.0)
         metric(2.0)
     metric.update_state(3.0)
-    assert told == [metric, metric]
+    assert told == [(metric, 1.0), (metric, 1.0)]
     assert float(metric.result()) == 2.0
 
 
@@ -179,3 +187,11 @@ def test_patches_of_several_threads_end_when_the_last_does():
 def test_functional_is_what_a_model_of_inputs_and_outputs_is():
     x = keras.Input((2,))
     assert type(keras.Model(x, layers.Dense(1)(x))) is _keras.Functional
+
+
+def test_compiled_metrics_hold_the_users_metric_objects():
+    accuracy = keras.metrics.BinaryAccuracy(name="accuracy")
+    model = compiled(metrics=[[accuracy], []])
+    model.evaluate(np.ones((2, 3)), [np.ones((2, 1))] * 2, verbose=0)
+    assert accuracy in _keras.inner_metrics(model.metrics[1])
+    assert _keras.inner_metrics(accuracy) == []

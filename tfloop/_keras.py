@@ -164,6 +164,11 @@ def compiled_metrics(model):
     return [m for m in found if m is not None]
 
 
+def inner_metrics(metric):
+    """The metric objects inside one that `compile(metrics=...)` made."""
+    return list(getattr(metric, "metrics", ())) if getattr(metric, "built", True) else []
+
+
 def loss_tracker(model):
     return getattr(model, "_loss_tracker", None)
 
@@ -240,8 +245,9 @@ def mark_results(metric):
 def _marked_result(metric):
     value = type(metric).result(metric)
     for path, leaf in leaves(value):
-        with contextlib.suppress(AttributeError):  # a Python number
-            leaf._tfloop_metric = (weakref.ref(metric), path)
+        if not hasattr(leaf, "_tfloop_metric"):  # what compiled metrics return are results of theirs already
+            with contextlib.suppress(AttributeError):  # a Python number
+                leaf._tfloop_metric = (weakref.ref(metric), path)
     return value
 
 
@@ -255,9 +261,10 @@ def leaves(result, path=()):
 
 
 def _noted_update(metric, *args, **kwargs):
-    for observer in _update_observers():
-        observer(metric)
-    return type(metric).update_state(metric, *args, **kwargs)
+    with contextlib.ExitStack() as stack:
+        for observer in _update_observers():
+            stack.enter_context(observer(metric))
+        return type(metric).update_state(metric, *args, **kwargs)
 
 
 def metric_of(value):
@@ -272,7 +279,7 @@ def _update_observers():
 
 @contextlib.contextmanager
 def observing_updates(observer):
-    """Tells `observer(metric)` of every marked metric that is updated in this thread."""
+    """Enters the context `observer(metric)` around every update of a marked metric in this thread."""
     previous = _update_observers()
     _thread.update_observers = (*previous, observer)
     try:

@@ -49,6 +49,7 @@ class Model(Adding, keras.Model):
         made.__dict__["_as_compiled"] = {}
         made.__dict__["_averages"] = []
         made.__dict__["_running_average"] = None
+        made.__dict__["_measures_each_step"] = False
         made.__dict__["_keeper"] = None
         return made
 
@@ -683,6 +684,10 @@ class ModelSteps:
                 self.updates.assign(done)
         for average in self.model._averages:
             average.begin()
+
+    def measure_each_step(self):
+        """From now on the record has the values of compiled metrics over each step alone, too."""
+        self.model.__dict__["_measures_each_step"] = True
 
     def initial_epoch(self, given):
         """Where training begins: a callback may have restored a later epoch."""

@@ -44,6 +44,7 @@ class ModelStep(Step):
         self._added_losses = []  # (scalar tensor, name, owner)
         self._added_metrics = {}  # (id(owner), name) -> (owner, name, aggregation, values)
         self._updated = []  # metric objects updated in this step
+        self._own_sums = {}  # id(metric object) -> (total, count) of this step alone
         self._handed_over = []  # those whose results were given to add_metric
         self._returned = []  # those whose results a user's step returned: they are shown under its names
         self._trained = model._terms.trained
@@ -64,8 +65,8 @@ class ModelStep(Step):
             # Made inside a tf.while_loop or tf.cond: the value cannot leave it, a variable's update can.
             metric = terms.term_metric(owner, name, aggregation)
             _keras.mark_results(metric)
-            metric.accumulate(value, self.size)
-            self.note_update(metric)
+            with self.note_update(metric):
+                metric.accumulate(value, self.size)
             return
         entry = self._added_metrics.setdefault((id(owner), name), (owner, name, aggregation, []))
         entry[-1].append(value)
@@ -83,9 +84,30 @@ class ModelStep(Step):
             self._gradients[id(variable)] = Lazy(lambda g=gradient: unscaled(dense(g), scale))
             self._old_weights.setdefault(id(variable), read(variable))
 
+    @contextlib.contextmanager
     def note_update(self, metric):
+        """Around the update of a metric object. A mean shows what this step alone adds to it, if that is wanted."""
         if not self._was_updated(metric):
             self._updated.append(metric)
+        here = current_graph() is self._graph
+        if not (here and self.model._measures_each_step and is_plain_mean(metric)):
+            yield
+            return
+        variables = (metric.total, metric.count)
+        before = [read(v) for v in variables]
+        for variable in variables:
+            variable.assign(tf.zeros_like(before[0]))
+        yield
+        added = [read(v) for v in variables]
+        for variable, old, new in zip(variables, before, added, strict=True):
+            variable.assign(old + new)
+        earlier = self._own_sums.get(id(metric), (0.0, 0.0))
+        self._own_sums[id(metric)] = [a + b for a, b in zip(earlier, added, strict=True)]
+
+    def _own_value(self, metric):
+        """A metric object's value over this step alone, where it is known."""
+        sums = self._own_sums.get(id(metric))
+        return None if sums is None else tf.math.divide_no_nan(*sums)
 
     def _was_updated(self, metric):
         return any(metric is m for m in self._updated)
@@ -222,10 +244,10 @@ class ModelStep(Step):
                 continue
             if metric is not None and lazily:
                 if not self._is_attribute(metric):
-                    yield name, (Result(name, reader(metric, path)), None)
+                    yield name, (Result(name, reader(metric, path)), self._own_value(metric))
             elif metric is not None:
                 self._returned.append(metric)
-                yield name, (Column(name, "last"), scalar(value, "mean", name))
+                yield name, (Column(name, "running"), (scalar(value, "mean", name), self._own_value(metric)))
             else:
                 yield name, (Column(name), scalar(value, "mean", name))
 
@@ -236,7 +258,8 @@ class ModelStep(Step):
         """`(name, Column or Result, value)` of the metrics that belong to one layer, or to the model itself."""
         for metric in _keras.own_metrics(owner):
             if self._shows(metric, lazily):
-                yield from ((name, Result(name, read), None) for name, read in results_of(metric))
+                own = self._own_value(metric)
+                yield from ((name, Result(name, read), own) for name, read in results_of(metric))
         registered = {term.name: term for term in terms.registry(owner).metrics}
         tensors = self.metric_tensors() if registered else None
         view = tensors.below(path) if tensors and path else tensors
@@ -314,7 +337,8 @@ class ModelStep(Step):
             for metric in _keras.own_metrics(layer):
                 _keras.mark_results(metric)
         for metric in (*_keras.compiled_metrics(self.model), *self.model.metrics):
-            _keras.mark_results(metric)
+            for part in (metric, *_keras.inner_metrics(metric)):
+                _keras.mark_results(part)
         with (
             recording(self.recorder),
             _keras.observing_updates(self.note_update),
@@ -363,9 +387,14 @@ class NameBook:
             entry = dataclasses.replace(entry, name=name)
             if isinstance(entry, Result):
                 results.append(entry)
+                own = value
             else:
                 columns.append(entry)
+                value, own = value if isinstance(value, tuple) else (value, None)
                 values.append(value)
+            if own is not None:
+                columns.append(Column(name, "step"))
+                values.append(own)
         order = tuple(n for n, (entry, _) in named.items() if getattr(entry, "width", 1) == 1)
         dtype = tf.float64 if any(v.dtype == tf.float64 for v in values) else tf.float32
         parts = [tf.reshape(tf.cast(size, dtype), [1])]
@@ -442,6 +471,11 @@ def reader(metric, path):
         return tf.reduce_mean(as_float(tf.convert_to_tensor(found)))
 
     return read
+
+
+def is_plain_mean(metric):
+    """Whether a metric object's result is its total by its count, so that a step's share of it is known."""
+    return isinstance(metric, keras.metrics.Mean) and type(metric).result is keras.metrics.Mean.result
 
 
 def dense(gradient):
