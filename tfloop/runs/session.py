@@ -48,6 +48,7 @@ class Session(Observer):
 
     def on_built(self, loop, source, callbacks):
         self._loop, self._source = loop, source
+        loop.measure_each_step()
         self._others = [c for c in callbacks if c is not self]
         model = self.model
         self._variables = {**reproducibility.state_variables(model), **reproducibility.metric_variables(model)}
