@@ -141,7 +141,7 @@ def test_the_loss_is_the_sum_of_its_parts_on_uneven_batches(kinds):
 def test_all_parts_of_a_loss_in_every_mode(mode):
     model = with_losses(PARTS, **mode)
     expected = expected_parts(PARTS)
-    logs = {name: value for name, value in fit(model, validation_data=(X, ZEROS)).items()}
+    logs = fit(model, validation_data=(X, ZEROS))
     training = {name: value for name, value in logs.items() if not name.startswith("val_")}
     assert training == pytest.approx({"loss": sum(expected.values()), **expected}, rel=1e-6)
     expected["registered"] = 4 * 4.5  # three updates are done
@@ -272,7 +272,7 @@ def of_every_kind():
         layer.add_metric(ops.mean(x), name="in_layer")
 
     layer = Adds(owner, below=Adds(metric("below")))
-    model = Calling(call, layer=layer, other=Adds(metric("unused")), tracked=keras.metrics.Mean(name="tracked"))
+    model = Calling(call, layer=layer, tracked=keras.metrics.Mean(name="tracked"))
     model.add_metric(lambda t: ops.mean(t["x"]), name="registered")
     return compiled(model, metrics=["mse", "mae"])
 

@@ -47,6 +47,7 @@ class Model(Adding, keras.Model):
         made.__dict__["_updates"] = None
         made.__dict__["_loop"] = None
         made.__dict__["_as_compiled"] = {}
+        made.__dict__["_tracks_loss"] = False  # whether a step updates the compiled loss tracker itself
         made.__dict__["_averages"] = []
         made.__dict__["_running_average"] = None
         made.__dict__["_measures_each_step"] = False
@@ -377,6 +378,7 @@ class Model(Adding, keras.Model):
             if self._updates is None:
                 self.__dict__["_updates"] = tf.Variable(0, dtype=tf.int64, trainable=False, name="updates")
         self.__dict__["_loop"] = None
+        self.__dict__["_tracks_loss"] = False
         self.__dict__["_as_compiled"] = {
             layer: (layer.trainable, [(v, v.trainable) for v in _keras.own_trainable_variables(layer)])
             for _, layer in names.walk(self)
@@ -638,7 +640,7 @@ class ModelSteps:
     def build(self, batch):
         """Makes all variables, so that a step can be traced inside a loop."""
         model = self.model
-        with running(Step("build")):
+        with running(Step("build")), model._trainable_as_compiled():
             if type(model).call is not keras.Model.call:
                 _keras.symbolic_build(model, batch)
             elif model.optimizer is not None and not model.optimizer.built and model.trainable_variables:
@@ -706,6 +708,12 @@ class ModelSteps:
             stack.enter_context(average.for_validation(self.model))
         return stack
 
+    def reset_metrics(self):
+        """Resets all metric objects, also those that the user's own `reset_metrics` leaves out."""
+        self.model.reset_metrics()
+        if type(self.model).reset_metrics is not Model.reset_metrics:
+            Model.reset_metrics(self.model)
+
     def metric_variables(self):
         return [v for m in all_metrics(self.model) for v in m.variables]
 
@@ -716,7 +724,7 @@ class ModelSteps:
                 if isinstance(metric, terms.TermMetric) and name in values and values[name] is not None:
                     metric.record(values[name])
         tracker = _keras.loss_tracker(self.model)
-        if tracker is not None and values.get("loss") is not None:
+        if tracker is not None and not self.model._tracks_loss and values.get("loss") is not None:
             tracker.total.assign(values["loss"])
             tracker.count.assign(1.0)
 

@@ -89,6 +89,8 @@ class ModelStep(Step):
         """Around the update of a metric object. A mean shows what this step alone adds to it, if that is wanted."""
         if not self._was_updated(metric):
             self._updated.append(metric)
+        if metric is _keras.loss_tracker(self.model):
+            self.model.__dict__["_tracks_loss"] = True
         here = current_graph() is self._graph
         if not (here and self.model._measures_each_step and is_plain_mean(metric)):
             yield

@@ -96,7 +96,7 @@ class Loop:
                 break
             if epoch != at.epoch:
                 at = self.position = Position(epoch)
-            model.reset_metrics()
+            self._steps.reset_metrics()
             hooks.on_epoch_begin(epoch)
             observer.enter(at)
             with Progress(source.steps, True, at.batch, epoch=epoch, epochs=epochs, verbose=verbose) as bar:
@@ -227,9 +227,9 @@ class Loop:
         if data is None:
             return None
         if isinstance(data, list | tuple):
-            if len(data) not in (2, 3):
+            if len(data) not in (1, 2, 3):
                 raise ValueError(
-                    f"validation_data has {len(data)} parts. Expected (x, y) or (x, y, sample_weight), or a dataset."
+                    f"validation_data has {len(data)} parts. Expected (x,), (x, y), (x, y, sample_weight) or a dataset."
                 )
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(tuple(data))
         else:
@@ -246,7 +246,7 @@ class Loop:
     def _test(self, source, hooks, verbose, **display):
         model = self._steps.model
         engine = self._evaluation_engine()
-        model.reset_metrics()
+        self._steps.reset_metrics()
         position = Position()
         pace = Pace(self._steps.choices["steps_per_execution"], self._one_by_one(hooks, "test"))
         model.stop_evaluating = False
@@ -324,7 +324,7 @@ class Loop:
             self._steps.start()
         engine = "eager" if self._steps.eager else "graph"
         first = int(self._steps.updates.numpy())
-        self._steps.model.reset_metrics()
+        self._steps.reset_metrics()
         aggregate = Aggregate()
         aggregate.add(self._runner.run_batch(engine, kind, data, first))
         logs = aggregate.values()
