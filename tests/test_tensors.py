@@ -155,6 +155,27 @@ def test_tag_outside_a_step_returns_the_tensor_itself():
     assert tfloop.tag(x, "anything") is x
 
 
+class Tagging(layers.Dense):
+    def call(self, x):
+        tfloop.tag(self.kernel, "used")
+        return super().call(x)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "jit"])
+def test_a_tagged_variable_is_what_the_layer_used_then(mode):
+    dense = Tagging(3)
+    model = keras.Sequential([keras.Input((4,)), tfloop.SpectralNormalization(dense)])
+    effective = model.layers[0].effective_weights()["kernel"].numpy()
+
+    def step(x):
+        with tfloop.capture(model) as t:
+            model(x, training=False)
+        dense.kernel.assign(ops.zeros((4, 3)))
+        return t["used"]
+
+    np.testing.assert_allclose(run(mode, step, tf.ones((2, 4))), effective, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["x", "y_pred", "gradients/a", "encoder"])
 def test_tag_refuses_names_that_belong_to_others(name):
     model = Net()

@@ -152,6 +152,11 @@ def tensors_in(name, value):
     return [(n, leaf) for n, leaf in flatten(name, value) if hasattr(leaf, "dtype") and hasattr(leaf, "shape")]
 
 
+def as_it_is_now(leaf):
+    """The leaf; of a variable the value that it has at this point of the step, whatever is assigned later."""
+    return tf.convert_to_tensor(leaf) if isinstance(leaf, keras.Variable | tf.Variable) else leaf
+
+
 class Recorder:
     """Records the outputs of the layers of one model, and tags, while it is active in a thread."""
 
@@ -223,7 +228,7 @@ class Recorder:
         name = f"{path}:{calls}" if calls else path
         for suffix, leaf in leaves:
             self.reasons.pop(name + suffix, None)
-            self.values[name + suffix] = leaf
+            self.values[name + suffix] = as_it_is_now(leaf)
 
     def _reachable(self, outputs):
         return not self._loops and all(
@@ -287,7 +292,8 @@ def tag(tensor, name):
     """Names a tensor that is no layer's output, and returns it as it is.
 
     Args:
-        tensor: a tensor of any shape and dtype, or a structure of tensors.
+        tensor: a tensor of any shape and dtype, or a structure of tensors; of a variable the value is kept that
+            it has then. In a layer's `call` that is the weight which the layer uses.
         name: str. In one step a name that occurs again becomes `name:1`, `name:2`, ...
 
     Outside a tfloop step or `capture` it does nothing.
