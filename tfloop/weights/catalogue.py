@@ -12,7 +12,7 @@ from tfloop.weights.spectral_norm import SpectralNorm
 from tfloop.weights.unit_norm import UnitNorm
 from tfloop.weights.weight_norm import WeightNorm
 
-CATALOGUE = {
+CATALOGUE: dict[str, type[Parametrization]] = {
     snake_case(c.__name__): c
     for c in (SpectralNorm, WeightNorm, UnitNorm, MaxNorm, Centered, Orthogonal, Bounded, NonNegative)
 }

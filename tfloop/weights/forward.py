@@ -119,8 +119,8 @@ def enter_at(layer):
         with forward_pass(kwargs.get("training"), anew=_keras.is_rematerialized(layer)):
             return original(*args, **kwargs)
 
-    call.enters_forward_pass = True
-    vars(layer)["call"] = call
+    call.__dict__["enters_forward_pass"] = True
+    layer.__dict__["call"] = call
 
 
 def current_graph():

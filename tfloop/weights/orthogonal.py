@@ -54,9 +54,10 @@ class Orthogonal(Parametrization):
     def start(self, weight):
         matrices = self._matrix.of(weight).numpy().astype("float64")
         tall = matrices.swapaxes(1, 2) if self._wide else matrices
-        signs, raw = zip(*map(inverse_cayley, map(nearest_orthogonal, tall)), strict=True)
-        raw = np.stack(raw).swapaxes(1, 2) if self._wide else np.stack(raw)
-        return self._matrix.back(raw.astype(weight.dtype)).numpy(), {"signs": np.stack(signs)}
+        found = [inverse_cayley(nearest_orthogonal(matrix)) for matrix in tall]
+        raw = np.stack([r for _, r in found]).astype(weight.dtype)
+        raw = raw.swapaxes(1, 2) if self._wide else raw
+        return self._matrix.back(raw).numpy(), {"signs": np.stack([s for s, _ in found])}
 
 
 def cayley(raw):

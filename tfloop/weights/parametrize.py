@@ -47,7 +47,8 @@ def apply(model, pattern, parametrizations):
             f"The weights are {names.listing(weights)}."
         )
     for path in found:
-        attach(*weights[path], parametrizations, path)
+        owner, variable = weights[path]
+        attach(owner, variable, parametrizations, path)
     enter_above(model, [weights[path][1] for path in found])
     return found
 

@@ -68,9 +68,9 @@ class Parametrized(keras.layers.Wrapper):
 
     def __init__(self, layer, parametrizations, **kwargs):
         if isinstance(layer, keras.layers.Layer):
-            vars(self)["call"] = called_through(layer)
+            self.__dict__["call"] = called_through(layer)
             # Keras matches the shapes that it hands to `build` with the names of its arguments.
-            self.build.__signature__ = inspect.signature(layer.build)
+            self.build.__dict__["__signature__"] = inspect.signature(layer.build)
             kwargs.setdefault("dtype", layer.dtype_policy)
         super().__init__(layer, **kwargs)
         if not parametrizations:
@@ -116,7 +116,8 @@ class Parametrized(keras.layers.Wrapper):
             raise ValueError(f"{self.layer.name!r} ({type(self.layer).__name__}) has no weights to parametrise.")
         targets = self._targets(weights)
         for path, given in targets:
-            attach(*weights[path], given, path, holder=self)
+            owner, variable = weights[path]
+            attach(owner, variable, given, path, holder=self)
         enter_above(self.layer, [weights[path][1] for path, _ in targets])
 
     def _targets(self, weights):
@@ -227,7 +228,7 @@ def called_through(layer):
         with forward_pass(kwargs.get("training")):
             return layer(*args, **kwargs)
 
-    call.enters_forward_pass = True
+    call.__dict__["enters_forward_pass"] = True
     return call
 
 
