@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from tfloop import _keras, names, reproducibility, terms, weights
-from tfloop.averaging import WeightAverage
+from tfloop.averaging import WeightAverage, refuse_swapped
 from tfloop.layer import Adding
 from tfloop.loop import fitting
 from tfloop.model_step import ModelStep, model_step
@@ -474,6 +474,7 @@ class Model(Adding, keras.Model):
 
         Returns a `keras.callbacks.History`.
         """
+        refuse_swapped(self)
         self.__dict__["_averages"] = [c for c in callback_objects(callbacks) if isinstance(c, WeightAverage)]
         return self._get_loop().fit(
             x,
