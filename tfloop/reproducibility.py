@@ -143,7 +143,8 @@ class Reader:
     def __init__(self, variables):
         self._names = list(variables)
         values = [v.value if isinstance(v, keras.Variable) else v for v in variables.values()]
-        self._read = tf.function(lambda: [tf.identity(value) for value in values])
+        read = tf.function(lambda: [tf.identity(value) for value in values])
+        self._read = read.get_concrete_function()
 
     def __call__(self):
         """`name -> array`, copied out."""

@@ -1,31 +1,36 @@
 """A training binary of a model that holds everything stateful, for the tests of resuming.
 
-python stateful.py --workdir=... --epochs=4 --batch_size=16 [--poison=17] [--pause=0.02] [--forget=dropout/]
+python stateful.py --workdir=...
 
-96 + 4 examples in batches of 16: an epoch ends with a smaller batch. `--poison=i` makes example i not finite,
-`--pause` sleeps so many seconds every step, `--forget` leaves variables out of the checkpoints.
+100 examples in batches of 16: an epoch ends with a smaller batch. What happens to the process is in `KNOBS`, which
+is no flag of it, set from the environment:
+
+    poison=i    example i is not finite
+    pause=s     every step takes s seconds longer
+    fail=n      a callback raises an error after n updates
+    full=n      n writes of checkpoints fail for want of space
+    forget=...  a resumed process leaves out the variables whose names hold this; or "position"
 """
 
+import errno
+import json
 import os
 import time
 
 import keras
 import numpy as np
-from absl import app, flags
+from absl import app
 from keras import layers, ops
 
 import tfloop
 from tfloop import reproducibility
+from tfloop.runs import checkpoint_file
 
-FLAGS = flags.FLAGS
+KNOBS = json.loads(os.environ.get("KNOBS", "{}"))
 
 
 def define():
     tfloop.binary.define_flags(epochs=4, batch_size=16, progress="none", log="", checkpoint_every="3")
-    flags.DEFINE_integer("poison", -1, "Example that is not finite.")
-    flags.DEFINE_float("pause", 0.0, "Seconds that every step takes longer.")
-    flags.DEFINE_string("forget", "", "Prefix of the tensors that checkpoints leave out.")
-    flags.DEFINE_integer("fail", -1, "Update in which the step raises an error.")
 
 
 class Everything(tfloop.Model):
@@ -48,8 +53,8 @@ class Everything(tfloop.Model):
 
 class Slow(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
-        time.sleep(FLAGS.pause)
-        if FLAGS.fail >= 0 and int(self.model.optimizer.iterations) == FLAGS.fail:
+        time.sleep(KNOBS.get("pause", 0))
+        if int(self.model.optimizer.iterations) == KNOBS.get("fail"):
             raise RuntimeError("the callback failed")
 
 
@@ -57,8 +62,8 @@ def data():
     rng = np.random.default_rng(5)
     x = rng.normal(size=(100, 6, 6, 1)).astype("float32")
     y = (x.mean((1, 2, 3)) > 0).astype("int32") + (x[:, 0, 0, 0] > 1)
-    if FLAGS.poison >= 0:
-        x[FLAGS.poison] = np.nan
+    if "poison" in KNOBS:
+        x[KNOBS["poison"]] = np.nan
     return x, y
 
 
@@ -76,11 +81,26 @@ def main(argv):
         tfloop.WeightAverage("ema", start=3, every=2, decay=0.9),
         keras.callbacks.EarlyStopping(patience=50, restore_best_weights=True, start_from_epoch=1),
     ]
-    if FLAGS.pause or FLAGS.fail >= 0:
+    if "pause" in KNOBS or "fail" in KNOBS:
         callbacks.append(Slow())
-    if FLAGS.forget:
-        forget(FLAGS.forget)
-    tfloop.binary.train(model, x, y, validation_data=(x[:20], y[:20]), callbacks=callbacks)
+    if "forget" in KNOBS:
+        forget(KNOBS["forget"])
+    if "full" in KNOBS:
+        fill_the_disk(KNOBS["full"])
+    tfloop.binary.train(model, x, y, validation_data=(x[:16], y[:16]), callbacks=callbacks)
+
+
+def fill_the_disk(times):
+    """The disk is full while the checkpoint's tensors are written, so many times."""
+    left, write = [times], checkpoint_file.write
+
+    def failing(*arguments):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(*arguments)
+
+    checkpoint_file.write = failing
 
 
 def forget(prefix):

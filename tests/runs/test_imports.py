@@ -11,7 +11,7 @@ sys.path.insert(0, sys.argv[1])
 from saver import without_tensorflow
 without_tensorflow()
 import tfloop.runs
-LOOP = ("binary", "run", "session", "environment", "callback_state", "sentry", "rehearsal")  # these drive the loop, and so need all of tfloop
+LOOP = "binary run session environment callback_state sentry rehearsal".split()  # these drive the loop
 for module in pkgutil.walk_packages(tfloop.runs.__path__, "tfloop.runs."):
     if module.name.split(".")[2] not in LOOP:
         importlib.import_module(module.name)

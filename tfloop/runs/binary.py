@@ -35,6 +35,7 @@ from tfloop import reproducibility, weights
 from tfloop.runs import flags, workdir
 from tfloop.runs.errors import Refused
 from tfloop.runs.run import Run
+from tfloop.runs.sentry import NonFiniteError
 
 FLAGS = absl_flags.FLAGS
 
@@ -181,11 +182,11 @@ def shown(path):
 
 @contextlib.contextmanager
 def refusing():
-    """Within the block what is `Refused` ends the process with one line and its status."""
+    """Within the block what is refused, or stopped by the guard, ends the process with what it says, no traceback."""
     try:
         yield
-    except Refused as error:
+    except (Refused, NonFiniteError) as error:
         print(error, file=sys.stderr, flush=True)
-        sys.exit(error.exit_status)
+        sys.exit(getattr(error, "exit_status", 1))
     except KeyboardInterrupt:
         sys.exit(130)

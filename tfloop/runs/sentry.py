@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tfloop import reproducibility
+from tfloop import names, reproducibility
 from tfloop.loop.feed import batch_of, packed
 from tfloop.loop.record import Record
 from tfloop.model_step import ModelStep
@@ -185,17 +185,17 @@ def replayed(model, batch, variables):
     The step is run eagerly, and every variable gets back what it held.
     """
     before = reproducibility.snapshot(variables)
+    weights = [(f"weights/{name}", np.array(v)) for name, v in names.weight_names(model).items()]
     step = ModelStep(model, "train", batch, tf.convert_to_tensor(model.extra_state()["updates"]))
     try:
         with running(step), step.hearing():
             model.train_step(batch)
         found = step.metric_tensors()
-        names = list(found)
-        groups = ("weights/", "", "losses/", "gradients/", "updates/")
-        of = {name: next((g for g in groups if g and name.startswith(g)), "") for name in names}
-        ordered = [[n for n in names if of[n] == group] for group in groups]
-        ordered[3].reverse()  # the gradient comes from behind
-        return [(name, found[name]) for group in ordered for name in group]
+        groups = {group: [n for n in found if n.startswith(group)] for group in ("losses/", "gradients/", "updates/")}
+        groups["gradients/"].reverse()  # they come from behind
+        later = [name for group in groups.values() for name in group]
+        forward = [name for name in found if name not in later and not name.startswith("weights/")]
+        return [*weights, *((name, found[name]) for name in (*forward, *later))]
     finally:
         reproducibility.assign(variables, before)
 

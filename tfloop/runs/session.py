@@ -113,7 +113,9 @@ class Session(Observer):
         self._saved = (self._count(), position.epoch, position.batch)
         self.model.stop_training = manifest["stop_training"]
         self.was_finished = self.model.stop_training or position.epoch >= self._arguments["epochs"]
-        where = "is finished" if self.was_finished else f"goes on in epoch {position.epoch + 1}"
+        where = (
+            "is finished" if self.was_finished else f"goes on in epoch {position.epoch + 1}/{self._arguments['epochs']}"
+        )
         tell(f"{self._run.folder} {where}: {self._count()} steps are done.")
         if not self._source.addressable and not self.was_finished:
             tell("The data cannot be positioned and are counted through: exact if they come in the same order again.")
