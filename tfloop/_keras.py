@@ -14,6 +14,7 @@ from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.backend.common.symbolic_scope import get_symbolic_scope
 from keras.src.backend.common.variables import register_uninitialized_variable
+from keras.src.models import cloning
 from keras.src.models.functional import Functional  # noqa: F401  the class behind keras.Model(inputs, outputs)
 from keras.src.random import seed_generator
 from keras.src.utils.rng_utils import get_random_seed
@@ -413,3 +414,8 @@ def restored_epoch(model):
 def are_operations_deterministic():
     """Whether `tf.config.experimental.enable_op_determinism` was called. TensorFlow has no public question."""
     return is_op_determinism_enabled()
+
+
+def is_cloning(operation_fn):
+    """Whether `keras.models.clone_model` is rebuilding a graph: it asks neither `get_config` nor `from_config`."""
+    return getattr(operation_fn, "__module__", None) == cloning.__name__

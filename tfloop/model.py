@@ -179,7 +179,9 @@ class Model(Adding, keras.Model):
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def _forward(self, x, training):
-        return self(x, training=training) if self._call_has_training_arg else self(x)
+        # Given also where `call` does not name it: layers inside hear of it by Keras' call context. Keras' own step
+        # leaves it out there, and then Dropout and BatchNormalization do not train.
+        return self(x, training=training)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The total loss: the compiled loss, the added and registered ones, and regularisers, as a scalar.
@@ -548,6 +550,33 @@ class FunctionalModel(Model, _keras.Functional):
     def __init__(self, inputs, outputs, name=None, **kwargs):
         _keras.Functional.__init__(self, inputs, outputs, name=name, **kwargs)
         self.__dict__["_symbolic"] = []  # (kind, KerasTensor, {"name": ...})
+        for tensor in keras.tree.flatten(outputs):
+            source, values = vars(tensor).pop("_cloned_by_tfloop", (None, ()))
+            if source is not None:
+                self._take_from(source, values)
+
+    def _take_from(self, source, values):
+        """A clone's terms and parametrisations: those of the model it was cloned from."""
+        for (kind, _, extra), value in zip(source._symbolic, values, strict=True):
+            self._add_symbolic((kind, value, extra))
+            if kind == "metric":
+                terms.term_metric(self, extra["name"], extra["aggregation"])
+        for term in source._terms.losses:
+            self._terms.add_loss(term.value, term.name, term.weight)
+        for term in source._terms.metrics:
+            self._register_metric(term.value, term.name, term.aggregation)
+        self._terms.watches.extend(source._terms.watches)
+        weights.restore_parametrizations(self, weights.parametrization_config(source))
+
+    def _run_through_graph(self, inputs, operation_fn=lambda op: op, call_fn=None):
+        """Rebuilds the larger graph, with the terms, when `keras.models.clone_model` asks for a copy of this one."""
+        if not _keras.is_cloning(operation_fn):
+            return super()._run_through_graph(inputs, operation_fn=operation_fn, call_fn=call_fn)
+        graph = self._with_terms if self._symbolic else self
+        values = _keras.Functional._run_through_graph(graph, inputs, operation_fn=operation_fn, call_fn=call_fn)
+        outputs, *values = values if self._symbolic else [values]
+        keras.tree.flatten(outputs)[0]._cloned_by_tfloop = (self, values)
+        return outputs
 
     def _add_symbolic_loss(self, value, name, weight):
         self._add_symbolic(("loss", value, {"name": name, "weight": weight}))
@@ -589,6 +618,13 @@ class FunctionalModel(Model, _keras.Functional):
                 {"kind": kind, **{k: keras.saving.serialize_keras_object(v) for k, v in extra.items()}}
                 for kind, _, extra in self._symbolic
             ]
+        functions = [t.name or terms.label(t.value) for t in (*self._terms.losses, *self._terms.metrics)]
+        if functions:
+            warnings.warn(
+                f"{self.name!r} has losses or metrics that are functions of the step's tensors, and a file does not "
+                f"hold them: {names.listing(functions)}. Add them again to the loaded model.",
+                stacklevel=2,
+            )
         parametrizations = weights.parametrization_config(self)
         return {**config, "parametrizations": parametrizations} if parametrizations else config
 
