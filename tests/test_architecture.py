@@ -28,7 +28,7 @@ ROWS = (
     ),
     ("terms", "weights", "averaging"),  # a weight knows no loss
     ("layer", "loop"),  # the loop knows a model only as something with steps, state and terms
-    ("model model_step",),
+    ("model model_step row steps",),
     ("runs",),
     ("weight_mean",),  # reads checkpoints of a run
 )

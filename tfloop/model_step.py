@@ -6,13 +6,13 @@ scalar gets its name, in the order in which names are shown.
 """
 
 import contextlib
-import dataclasses
 
 import keras
 import tensorflow as tf
 
 from tfloop import _keras, names, terms
-from tfloop.loop.record import Column, Layout, Result
+from tfloop.loop.record import Column, Result
+from tfloop.row import NameBook, combined, flat_logs, is_numeric, reader, results_of, scalar
 from tfloop.step import Step, current_step
 from tfloop.tensors import Lazy, MissingTensor, Recorder, Tensors, current_graph, flatten, recording
 
@@ -353,126 +353,6 @@ def model_step(model):
     """The `ModelStep` that runs in this thread, if it is one of this model."""
     step = current_step()
     return step if isinstance(step, ModelStep) and step.model is model else None
-
-
-class NameBook:
-    """Gives every scalar of a step its name.
-
-    What is fixed (the loss, its parts, what a step returned) keeps its name. A metric that clashes with it is
-    shown as `<owner's path or the model's name>/<name>`, and so are the metrics of layers that share a name.
-    """
-
-    def __init__(self, model, qualified):
-        self._model = model
-        self._qualified = qualified
-        self._fixed = {}  # name -> (Column or Result, value)
-        self._metrics = []  # (name, owner, Column or Result, value)
-        self._watched = []  # (Column, value)
-
-    def names(self):
-        return list(self._fixed)
-
-    def fixed(self, name, entry, value):
-        self._fixed.setdefault(name, (entry, value))
-
-    def metric(self, name, owner, entry, value):
-        self._metrics.append((name, owner, entry, value))
-
-    def watched(self, column, value):
-        self._watched.append((column, value))
-
-    def row(self, size, notes):
-        """The scalars as one vector, with the batch size in front, and their `Layout`."""
-        columns, results, values = [], [], []
-        named = self._named()
-        for name, (entry, value) in named.items():
-            entry = dataclasses.replace(entry, name=name)
-            if isinstance(entry, Result):
-                results.append(entry)
-                own = value
-            else:
-                columns.append(entry)
-                value, own = value if isinstance(value, tuple) else (value, None)
-                values.append(value)
-            if own is not None:
-                columns.append(Column(name, "step"))
-                values.append(own)
-        order = tuple(n for n, (entry, _) in named.items() if getattr(entry, "width", 1) == 1)
-        dtype = tf.float64 if any(v.dtype == tf.float64 for v in values) else tf.float32
-        parts = [tf.reshape(tf.cast(size, dtype), [1])]
-        parts += [tf.reshape(tf.cast(v, dtype), [c.width]) for c, v in zip(columns, values, strict=True)]
-        return tf.concat(parts, 0), Layout(tuple(columns), tuple(results), order, tuple(notes))
-
-    def _named(self):
-        named = dict(self._fixed)
-        for name, owner, entry, value in self._metrics:
-            key = self._qualified(name, owner) if self._clashes(name, owner) else name
-            named[names.unique(key, named)] = (entry, value)
-        for column, value in self._watched:
-            named[names.unique(column.name, named)] = (column, value)
-        return named
-
-    def _clashes(self, name, owner):
-        shared = any(other is not owner for n, other, _, _ in self._metrics if n == name)
-        return name in self._fixed or (shared and owner is not self._model)
-
-
-def flat_logs(logs):
-    """`(name, value)` of what a step returned. Raises `TypeError` if it is no dict."""
-    if logs is None:
-        return
-    if not isinstance(logs, dict):
-        raise TypeError(
-            f"A step must return a dict of names and scalars, got {type(logs).__name__}: {logs!r}. "
-            'For example: return {"loss": loss}.'
-        )
-    for name, value in logs.items():
-        if isinstance(value, dict):
-            yield from flat_logs(value)
-        elif value is not None:
-            yield name, value
-
-
-def scalar(value, aggregation, name):
-    return combined([value], aggregation, name)
-
-
-def combined(values, aggregation, name):
-    """The step's value of a metric that was added once or several times: over all elements of all values."""
-    tensors = [as_float(terms.as_number(v, f"metric {name!r}")) for v in values]
-    if aggregation == "last":
-        return tf.reduce_mean(tensors[-1])
-    if aggregation in ("min", "max"):
-        reduce = {"min": tf.reduce_min, "max": tf.reduce_max}[aggregation]
-        return reduce(tf.stack([reduce(t) for t in tensors]))
-    if len(tensors) == 1 and tensors[0].shape.rank == 0:
-        return tensors[0]
-    total = tf.add_n([tf.reduce_sum(t) for t in tensors])
-    if aggregation == "sum":
-        return total
-    return total / tf.cast(tf.add_n([tf.size(t) for t in tensors]), total.dtype)
-
-
-def as_float(tensor):
-    """Float32, unless it is float64: metrics are never less than float32."""
-    return tensor if tensor.dtype in (tf.float32, tf.float64) else tf.cast(tensor, tf.float32)
-
-
-def is_numeric(tensor):
-    return tensor.dtype.is_floating or tensor.dtype.is_integer or tensor.dtype.is_bool
-
-
-def results_of(metric):
-    """`(name, function that reads the value)` of a metric object; one of each key where it gives a dict."""
-    return [(path[-1] if path else metric.name, reader(metric, path)) for path, _ in _keras.leaves(metric.result())]
-
-
-def reader(metric, path):
-    def read():
-        found = dict(_keras.leaves(metric.result()))[path]
-        return tf.reduce_mean(as_float(tf.convert_to_tensor(found)))
-
-    return read
 
 
 def is_plain_mean(metric):

@@ -13,6 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfloop import _keras, names
 from tfloop.statistics import Statistic, check_aggregation, get_statistic
 from tfloop.step import current_step
 
@@ -261,3 +262,12 @@ _NOTHING = Terms()
 def registry(owner):
     """The terms registered on a model; none for anything else."""
     return getattr(owner, "_terms", _NOTHING)
+
+
+def all_metrics(model):
+    """The metric objects of a model and everything below it, whatever an overridden `metrics` lists."""
+    found = {id(m): m for m in _keras.compiled_metrics(model)}
+    for _, layer in names.walk(model):
+        if isinstance(layer, keras.layers.Layer):
+            found |= {id(m): m for m in (*_keras.own_metrics(layer), *term_metrics(layer).values())}
+    return list(found.values())

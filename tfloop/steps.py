@@ -1,0 +1,122 @@
+"""Steps: a model as the loop sees it, something that has steps, state and terms."""
+
+import contextlib
+
+import keras
+import tensorflow as tf
+
+from tfloop import _keras, names, reproducibility, terms
+from tfloop.step import Step, running
+
+
+class ModelSteps:
+    """A model as the loop sees it: something that has steps, state and terms."""
+
+    def __init__(self, model):
+        self.model = model
+        self._ran = set()
+
+    def run(self, kind, batch):
+        """One step, run or traced. A first eager step that fails leaves every variable as it was."""
+        if not tf.executing_eagerly() or (kind, self.version) in self._ran:
+            return self.model.run_step(kind, batch)
+        variables = {**reproducibility.state_variables(self.model), **reproducibility.metric_variables(self.model)}
+        before = reproducibility.snapshot(variables)
+        try:
+            result = self.model.run_step(kind, batch)
+        except Exception:
+            reproducibility.assign(variables, before)
+            raise
+        self._ran.add((kind, self.version))
+        return result
+
+    def build(self, batch):
+        """Makes all variables, so that a step can be traced inside a loop."""
+        model = self.model
+        with running(Step("build")), model._trainable_as_compiled():
+            if type(model).call is not keras.Model.call:
+                _keras.symbolic_build(model, batch)
+            elif model.optimizer is not None and not model.optimizer.built and model.trainable_variables:
+                model.optimizer.build(model.trainable_variables)
+        for average in model._averages:
+            average.build(model)
+
+    def build_for_prediction(self, batch):
+        """Builds the layers alone: a batch to predict has no targets to build losses and metrics with."""
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
+        with running(Step("build")):
+            if type(self.model).call is not keras.Model.call and not self.model.built:
+                self.model(keras.tree.map_structure(lambda s: keras.KerasTensor(s.shape, s.dtype.name), x))
+
+    @property
+    def seed(self):
+        return reproducibility.current_seed() or 0
+
+    @property
+    def version(self):
+        """Changes with whatever makes a step another one: terms, parametrisations, averages."""
+        models = [(id(m), m._terms.version) for _, m in names.walk(self.model) if hasattr(m, "_terms")]
+        return (*models, *map(id, (*self.model._averages, self.model._keeper)))
+
+    @property
+    def eager(self):
+        return bool(self.model.run_eagerly) or tf.config.functions_run_eagerly()
+
+    @property
+    def choices(self):
+        return self.model._choices
+
+    @property
+    def updates(self):
+        return self.model._updates
+
+    def start(self):
+        """Called before training: an optimizer that has taken steps elsewhere sets the count of updates."""
+        optimizer = self.model.optimizer
+        if optimizer is not None and optimizer.built:
+            done = int(optimizer.iterations.numpy())
+            if done > int(self.updates.numpy()):
+                self.updates.assign(done)
+        for average in self.model._averages:
+            average.begin()
+
+    def measure_each_step(self):
+        """From now on the record has the values of compiled metrics over each step alone, too."""
+        self.model.__dict__["_measures_each_step"] = True
+
+    def initial_epoch(self, given):
+        """Where training begins: a callback may have restored a later epoch."""
+        return _keras.restored_epoch(self.model) or given
+
+    def finish(self):
+        """Called after training: an optimizer with an average of its own puts that into the weights, as in Keras."""
+        optimizer = self.model.optimizer
+        if isinstance(optimizer, keras.optimizers.Optimizer) and optimizer.built:
+            optimizer.finalize_variable_values(self.model.trainable_weights)
+
+    def for_validation(self):
+        """The context in which validation runs: with the averaged weights, if an average asks for it."""
+        stack = contextlib.ExitStack()
+        for average in self.model._averages:
+            stack.enter_context(average.for_validation(self.model))
+        return stack
+
+    def reset_metrics(self):
+        """Resets all metric objects, also those that the user's own `reset_metrics` leaves out."""
+        self.model.reset_metrics()
+        for metric in terms.all_metrics(self.model):
+            metric.reset_state()
+
+    def metric_variables(self):
+        return [v for m in terms.all_metrics(self.model) for v in m.variables]
+
+    def publish(self, values):
+        """Sets the metric objects that stand for columns of the record."""
+        for _, layer in names.walk(self.model):
+            for name, metric in terms.term_metrics(layer).items():
+                if isinstance(metric, terms.TermMetric) and name in values and values[name] is not None:
+                    metric.record(values[name])
+        tracker = _keras.loss_tracker(self.model)
+        if tracker is not None and not self.model._tracks_loss and values.get("loss") is not None:
+            tracker.total.assign(values["loss"])
+            tracker.count.assign(1.0)
