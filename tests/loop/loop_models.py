@@ -22,7 +22,7 @@ def data(examples=10, width=6, classes=3):
 
 
 class Counting(tfloop.Model):
-    """A classifier that counts how often Python runs its `call`."""
+    """A classifier that counts how often Python runs its `call` in training."""
 
     def __init__(self, dropout=0.0):
         super().__init__()
@@ -32,7 +32,7 @@ class Counting(tfloop.Model):
         self.calls = 0
 
     def call(self, x, training=None):
-        self.calls += 1
+        self.calls += bool(training)
         return self.logits(self.dropout(self.hidden(x), training=training))
 
 
@@ -70,7 +70,7 @@ class Chunks(Observer):
     def limit(self, steps):
         return steps if self.most is None else min(steps, self.most)
 
-    def on_chunk(self, record):
+    def on_chunk(self, record, feed):
         self.lengths.append(len(record))
         self.records.append(record)
         return record

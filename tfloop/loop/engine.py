@@ -147,8 +147,9 @@ class Runner:
         self._programs = {}
 
     def program(self, kind, spec):
-        key = (kind, repr(tf.nest.map_structure(lambda _: 0, spec)), tuple(flat(spec)))
-        key = (*key, tuple(s is None for s in tf.nest.flatten(spec)), self._steps.version)
+        absent = tuple(s is None for s in tf.nest.flatten(spec))
+        structure = repr(tf.nest.map_structure(lambda _: 0, spec))
+        key = (kind, structure, tuple(flat(spec)), absent, self._steps.version)
         if key not in self._programs:
             self._programs[key] = Program(self._steps, kind, spec)
         return self._programs[key]

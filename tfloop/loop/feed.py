@@ -65,8 +65,8 @@ def same_shapes(one, other):
 
 
 def nbytes(batch):
-    """Bytes of a structure of arrays, tensors or specs."""
-    return sum(int(np.prod(a.shape)) * tf.as_dtype(a.dtype).size for a in flat(batch))
+    """Bytes of a structure of arrays, tensors or specs; a dimension that is not known counts as one."""
+    return sum(int(np.prod([n or 1 for n in a.shape], dtype=np.int64)) * tf.as_dtype(a.dtype).size for a in flat(batch))
 
 
 def power_of_two(count):

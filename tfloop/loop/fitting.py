@@ -14,7 +14,9 @@ from tfloop.loop import source as sources
 from tfloop.loop import tuner
 from tfloop.loop.engine import COMPILED, Runner
 from tfloop.loop.feed import batch_of, flat, packed, spec_of
+from tfloop.loop.hooks import Hooks, wants_batches
 from tfloop.loop.observer import Observer, Position, observer_of
+from tfloop.loop.pace import Pace
 from tfloop.loop.record import Aggregate
 from tfloop.progress import Progress
 
@@ -135,8 +137,9 @@ class Loop:
                 observer.before_chunk()
                 started = time.perf_counter()
                 record = self._runner.run(self._engine_for(engine, feed), kind, feed, first)
-                pace.ran(len(record), time.perf_counter() - started)
-                if feed.kind == "iterator":
+                if not feed.short:  # an epoch's last batch has a program of its own, which is slow at first
+                    pace.ran(len(record), time.perf_counter() - started)
+                if feed.kind == "iterator" and record.error is None:
                     feeder.took(len(record), feed.count)
                 if not len(record):
                     return
@@ -332,84 +335,9 @@ class Loop:
         return logs
 
 
-class Pace:
-    """How many steps the next chunk has: about a tenth of a second's worth, or what the user asked for."""
-
-    seconds = 0.1  # of a chunk
-    most = 1024  # steps
-
-    def __init__(self, steps_per_execution, by_step):
-        self._fixed = 1 if by_step else None if steps_per_execution == "auto" else steps_per_execution
-        self._count = self._fixed or 1
-        self._ran = 0
-
-    def capacity(self, steps):
-        """The most steps that a chunk may have."""
-        return self._fixed or min(self.most, steps or self.most)
-
-    def expect(self, seconds):
-        """Takes the time of a step, where that is known before the first chunk."""
-        if self._fixed is None and seconds:
-            self._count = max(1, min(self.most, int(self.seconds / seconds)))
-
-    def next(self):
-        return self._count
-
-    def ran(self, steps, seconds):
-        self._ran += 1
-        if self._fixed is None and steps and self._ran > 1:  # the first call holds the tracing
-            wanted = int(self.seconds * steps / max(seconds, 1e-9))
-            self._count = max(1, min(self.most, wanted, 8 * self._count))
-
-
-class Hooks:
-    """The callbacks of a fit. `hooks.on_epoch_end(epoch, logs)` calls that of each, in order.
-
-    Keras' own `CallbackList` would sort the logs by name; here they keep the order in which they are shown. A
-    callback may add to the logs, as the learning rate's do: those after it, and the bar, show what it added.
-    """
-
-    def __init__(self, callbacks, model, **params):
-        if not isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks = keras.callbacks.CallbackList(
-                callbacks, add_history=True, add_progbar=False, model=model, **params
-            )
-        self.callbacks = callbacks.callbacks
-        quiet = keras.callbacks.History | Observer
-        self.listening = any(not isinstance(c, quiet) for c in self.callbacks)
-
-    def __getattr__(self, name):
-        if not name.startswith("on_"):
-            raise AttributeError(name)
-
-        def call(*args):
-            logs = args[-1] if args and isinstance(args[-1], dict) else None
-            where = args[:-1] if logs is not None else args
-            for callback in self.callbacks:
-                getattr(callback, name)(*where, logs)
-
-        return call
-
-
 def nested(verbose):
     """How much an evaluation inside an epoch shows: a bar while it runs, and no line of its own."""
     return verbose if verbose in (1, "auto", "bar") else 0
-
-
-def wants_batches(callback, kind="train"):
-    """Whether a callback overrides the hooks of single batches, so that it must see every step."""
-    if getattr(callback, "save_freq", None) == "epoch" and isinstance(
-        callback, keras.callbacks.ModelCheckpoint | keras.callbacks.BackupAndRestore
-    ):
-        return False
-    if isinstance(callback, keras.callbacks.LambdaCallback):
-        hooks = ("on_train_batch_begin", "on_train_batch_end") if kind == "train" else ()
-        return any(name in vars(callback) for name in hooks)
-    base = keras.callbacks.Callback
-    hooks = [f"on_{kind}_batch_begin", f"on_{kind}_batch_end"]
-    if kind == "train":
-        hooks += ["on_batch_begin", "on_batch_end"]
-    return any(getattr(type(callback), name, None) is not getattr(base, name) for name in hooks)
 
 
 def discard(feeder):

@@ -8,6 +8,7 @@ This module makes a source of whatever a user gives as data.
 """
 
 import itertools
+from collections.abc import Iterable
 
 import keras
 import numpy as np
@@ -69,11 +70,11 @@ def pydataset(dataset, shuffle, seed):
     def batches(epoch):
         dataset.on_epoch_begin()
         count = dataset.num_batches
-        order = range(count) if count is not None else itertools.count()
+        order: Iterable[int] = range(count) if count is not None else itertools.count()
         if shuffle and count is not None:
-            order = np.random.Generator(np.random.Philox(key=[seed % 2**64, epoch])).permutation(count)
+            order = np.random.Generator(np.random.Philox(key=[seed % 2**64, epoch])).permutation(count).tolist()
         for i in order:
-            yield dataset[int(i)]
+            yield dataset[i]
         dataset.on_epoch_end()
 
     return batches

@@ -134,6 +134,8 @@ class Trial:
             return
         self._compiling[engine] = self._clock() - started
         self._times[engine] = [self._run(engine, 1)]
+        if engine == "graph" and self._is_over_soon():
+            return
         for again in range(5):  # of few steps the chunk is most, and what looks lost may have been disturbed
             if again < 2 or self._is_lost(engine):
                 self._measure(engine)
@@ -152,6 +154,10 @@ class Trial:
         started = self._clock()
         self._runner.run(engine, "train", dataclasses.replace(self._feed, count=count), 0)
         return (self._clock() - started) / count
+
+    def _is_over_soon(self):
+        """Whether the run takes hardly longer than a compilation, as far as one step can tell."""
+        return 2 * COMPILING * len(self._program.operations) > self._steps * self._times["graph"][0]
 
     def _is_overhead(self):
         return min(self._times["graph"]) < OVERHEAD * len(self._program.operations)

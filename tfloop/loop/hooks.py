@@ -1,0 +1,50 @@
+"""Hooks: the callbacks of a fit, and which of them must see every step."""
+
+import keras
+
+from tfloop.loop.observer import Observer
+
+
+class Hooks:
+    """The callbacks of a fit. `hooks.on_epoch_end(epoch, logs)` calls that of each, in order.
+
+    Keras' own `CallbackList` would sort the logs by name; here they keep the order in which they are shown. A
+    callback may add to the logs, as the learning rate's do: those after it, and the bar, show what it added.
+    """
+
+    def __init__(self, callbacks, model, **params):
+        if not isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks = keras.callbacks.CallbackList(
+                callbacks, add_history=True, add_progbar=False, model=model, **params
+            )
+        self.callbacks = callbacks.callbacks
+        quiet = keras.callbacks.History | Observer
+        self.listening = any(not isinstance(c, quiet) for c in self.callbacks)
+
+    def __getattr__(self, name):
+        if not name.startswith("on_"):
+            raise AttributeError(name)
+
+        def call(*args):
+            logs = args[-1] if args and isinstance(args[-1], dict) else None
+            where = args[:-1] if logs is not None else args
+            for callback in self.callbacks:
+                getattr(callback, name)(*where, logs)
+
+        return call
+
+
+def wants_batches(callback, kind="train"):
+    """Whether a callback overrides the hooks of single batches, so that it must see every step."""
+    if getattr(callback, "save_freq", None) == "epoch" and isinstance(
+        callback, keras.callbacks.ModelCheckpoint | keras.callbacks.BackupAndRestore
+    ):
+        return False
+    if isinstance(callback, keras.callbacks.LambdaCallback):
+        given = ("on_train_batch_begin", "on_train_batch_end") if kind == "train" else ()
+        return any(name in vars(callback) for name in given)
+    base = keras.callbacks.Callback
+    names = [f"on_{kind}_batch_begin", f"on_{kind}_batch_end"]
+    if kind == "train":
+        names += ["on_batch_begin", "on_batch_end"]
+    return any(getattr(type(callback), name, None) is not getattr(base, name) for name in names)
