@@ -110,13 +110,18 @@ class ModelSteps:
     def metric_variables(self):
         return [v for m in terms.all_metrics(self.model) for v in m.variables]
 
-    def publish(self, values):
-        """Sets the metric objects that stand for columns of the record."""
-        for _, layer in names.walk(self.model):
-            for name, metric in terms.term_metrics(layer).items():
-                if isinstance(metric, terms.TermMetric) and name in values and values[name] is not None:
+    def publisher(self):
+        """A function of an epoch's values that sets the metric objects that stand for columns of the record."""
+        found = [item for _, layer in names.walk(self.model) for item in terms.term_metrics(layer).items()]
+        metrics = [(name, metric) for name, metric in found if isinstance(metric, terms.TermMetric)]
+        tracker = None if self.model._tracks_loss else _keras.loss_tracker(self.model)
+
+        def publish(values):
+            for name, metric in metrics:
+                if values.get(name) is not None:
                     metric.record(values[name])
-        tracker = _keras.loss_tracker(self.model)
-        if tracker is not None and not self.model._tracks_loss and values.get("loss") is not None:
-            tracker.total.assign(values["loss"])
-            tracker.count.assign(1.0)
+            if tracker is not None and values.get("loss") is not None:
+                tracker.total.assign(values["loss"])
+                tracker.count.assign(1.0)
+
+        return publish

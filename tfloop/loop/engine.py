@@ -5,6 +5,7 @@ through it and returns the rows: `eager` calls Python for every step, `graph` lo
 graph, `jit` does so with the step compiled by XLA, `scan` compiles the whole chunk.
 """
 
+import contextlib
 import functools
 
 import numpy as np
@@ -145,11 +146,34 @@ class Runner:
     def __init__(self, steps):
         self._steps = steps
         self._programs = {}
+        self._version = None
+        self._latest = None, None, None  # kind, spec and program
+
+    @contextlib.contextmanager
+    def unchanging(self):
+        """While this is open, the steps' version is not asked for again: that walks over the model."""
+        before, self._version = self._version, self._steps.version
+        self._latest = None, None, None
+        try:
+            yield
+        finally:
+            self._version = before
+            self._latest = None, None, None
 
     def program(self, kind, spec):
+        """The program for a kind of step and the structure of a batch."""
+        if self._version is None:
+            return self._program(kind, spec)
+        known_kind, known_spec, program = self._latest
+        if known_kind != kind or known_spec is not spec:
+            program = self._program(kind, spec)
+            self._latest = kind, spec, program
+        return program
+
+    def _program(self, kind, spec):
         absent = tuple(s is None for s in tf.nest.flatten(spec))
         structure = repr(tf.nest.map_structure(lambda _: 0, spec))
-        key = (kind, structure, tuple(flat(spec)), absent, self._steps.version)
+        key = (kind, structure, tuple(flat(spec)), absent, self._version or self._steps.version)
         if key not in self._programs:
             self._programs[key] = Program(self._steps, kind, spec)
         return self._programs[key]

@@ -131,7 +131,8 @@ class Loop:
         begin, end = (getattr(hooks, f"on_{kind}_batch_{when}") for when in ("begin", "end"))
         observer = observer_of(hooks.callbacks) if kind == "train" else Observer()
         first = int(self._steps.updates.numpy())
-        with self._feeder(source, position, engine, pace) as feeder:
+        publish = None
+        with self._feeder(source, position, engine, pace) as feeder, self._runner.unchanging():
             while (feed := self._take(feeder, position, observer, pace)) is not None:
                 begin(position.batch)
                 observer.before_chunk()
@@ -148,14 +149,16 @@ class Loop:
                 first += len(record) if kind == "train" else 0
                 position.aggregate.add(record)
                 values = position.aggregate.values()
+                publish = publish or self._steps.publisher()  # after the trace, which may make metrics
                 if hooks.listening:
-                    self._steps.publish(values)
+                    publish(values)
                 end(position.batch - 1, values)
                 observer.after_chunk()
                 yield record
                 if record.error is not None:
                     raise record.error
-        self._steps.publish(position.aggregate.values())
+        if publish is not None:
+            publish(position.aggregate.values())
 
     def _take(self, feeder, position, observer, pace):
         """The next feed, behind the batches that the observer leaves out."""
@@ -331,7 +334,7 @@ class Loop:
         aggregate = Aggregate()
         aggregate.add(self._runner.run_batch(engine, kind, data, first))
         logs = aggregate.values()
-        self._steps.publish(logs)
+        self._steps.publisher()(logs)
         return logs
 
 
