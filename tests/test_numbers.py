@@ -299,6 +299,15 @@ def test_two_layers_with_one_metric_name_are_shown_by_their_paths():
     assert_logs(evaluate(model), **{"loss": 4.5, "first/m": 4.5, "second/m": 9.0})
 
 
+def test_metric_objects_hold_what_the_log_shows():
+    layer, other = Adds(metric("m"), name="first"), Adds(metric("m", 2), name="second")
+    model = compiled(functional(layer, other))
+    model.add_metric(lambda t: 100.0, name="loss")
+    fit(model)
+    assert [float(m.result()) for m in (layer.metrics[0], other.metrics[0])] == [4.5, 9.0]
+    assert [float(m.result()) for m in model.metrics if m.name == "loss"] == [4.5, 100.0]
+
+
 def test_the_model_s_own_metric_keeps_its_name_beside_a_layer_s():
     model = functional(Adds(metric("m", 2), name="layer"))
     model.add_metric(lambda t: ops.mean(t["x"]), name="m")

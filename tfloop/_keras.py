@@ -15,7 +15,7 @@ from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.backend.common.symbolic_scope import get_symbolic_scope
 from keras.src.backend.common.variables import register_uninitialized_variable
 from keras.src.models import cloning
-from keras.src.models.functional import Functional  # noqa: F401  the class behind keras.Model(inputs, outputs)
+from keras.src.models.functional import Functional, functional_like_constructor  # noqa: F401  behind keras.Model(x, y)
 from keras.src.random import seed_generator
 from keras.src.utils.rng_utils import get_random_seed
 from tensorflow.python.framework.config import is_op_determinism_enabled
@@ -200,6 +200,16 @@ def separate_output_losses(model):
         yield parts
     finally:
         compile_loss._flat_losses = flat
+
+
+def makes_its_own_graph(model):
+    """Whether a functional model's constructor takes no inputs and outputs, but makes them itself."""
+    return not functional_like_constructor(type(model))
+
+
+def forget_compilation(model):
+    """Lets the next `compile` begin anew: Keras keeps an earlier loss or metrics where it is given none."""
+    model.loss = model._compile_loss = model._compile_metrics = None
 
 
 def symbolic_build(model, batch):

@@ -364,6 +364,7 @@ class Model(Adding, keras.Model):
         """
         check_choice("jit_compile", jit_compile, ("auto", True, False, "step", "loop"))
         check_steps_per_execution(steps_per_execution)
+        _keras.forget_compilation(self)
         super().compile(
             optimizer=optimizer,
             loss=loss,
@@ -551,23 +552,42 @@ class FunctionalModel(Model, _keras.Functional):
     def __init__(self, inputs, outputs, name=None, **kwargs):
         _keras.Functional.__init__(self, inputs, outputs, name=name, **kwargs)
         self.__dict__["_symbolic"] = []  # (kind, KerasTensor, {"name": ...})
+        self.__dict__["_inherited"] = None
         for tensor in keras.tree.flatten(outputs):
-            source, values = vars(tensor).pop("_cloned_by_tfloop", (None, ()))
-            if source is not None:
-                self._take_from(source, values)
+            self._copies(*vars(tensor).pop("_cloned_by_tfloop", (None, ())))
+        if type(self).__init__ is FunctionalModel.__init__:
+            self._inherit()
 
-    def _take_from(self, source, values):
-        """A clone's terms and parametrisations: those of the model it was cloned from."""
-        for (kind, _, extra), value in zip(source._symbolic, values, strict=True):
-            self._add_symbolic((kind, value, extra))
-            if kind == "metric":
-                terms.term_metric(self, extra["name"], extra["aggregation"])
-        for term in source._terms.losses:
+    def _copies(self, source, values):
+        """This model is a clone of `source`, and `values` are its symbolic terms in the clone's graph."""
+        if source is not None:
+            symbolic = [(kind, value, extra) for (kind, _, extra), value in zip(source._symbolic, values, strict=True)]
+            self.__dict__["_inherited"] = symbolic, source
+
+    def _inherit(self):
+        """Takes the terms of the model this is a copy of, but for those that a user's constructor added anew."""
+        (symbolic, source), self.__dict__["_inherited"] = self._inherited or ((), None), None
+        for kind, value, extra in symbolic[len(self._symbolic) :]:
+            (self._add_symbolic_loss if kind == "loss" else self._add_symbolic_metric)(value, **extra)
+        if source is None:
+            return
+        for term in source._terms.losses[len(self._terms.losses) :]:
             self._terms.add_loss(term.value, term.name, term.weight)
-        for term in source._terms.metrics:
+        for term in source._terms.metrics[len(self._terms.metrics) :]:
             self._register_metric(term.value, term.name, term.aggregation)
-        self._terms.watches.extend(source._terms.watches)
+        self._terms.watches.extend(w for w in source._terms.watches if w not in self._terms.watches)
         weights.restore_parametrizations(self, weights.parametrization_config(source))
+
+    def compile(self, *args, **kwargs):
+        self._inherit()
+        super().compile(*args, **kwargs)
+
+    @property
+    def layers(self):
+        """The layers of the graph, those that only a loss or metric needs last."""
+        found = super().layers
+        more = self._with_terms.layers if self.__dict__.get("_symbolic") else []
+        return found + [layer for layer in more if not any(layer is other for other in found)]
 
     def _run_through_graph(self, inputs, operation_fn=lambda op: op, call_fn=None):
         """Rebuilds the larger graph, with the terms, when `keras.models.clone_model` asks for a copy of this one."""
@@ -601,6 +621,7 @@ class FunctionalModel(Model, _keras.Functional):
         self._terms.version += 1
 
     def call(self, inputs, training=None, mask=None, **kwargs):
+        self._inherit()
         if not self._symbolic:
             return super().call(inputs, training=training, mask=mask, **kwargs)
         outputs, *values = self._with_terms.call(inputs, training=training, mask=mask, **kwargs)
@@ -612,8 +633,9 @@ class FunctionalModel(Model, _keras.Functional):
         return outputs
 
     def get_config(self):
+        self._inherit()
         config = super().get_config()
-        if self._symbolic:
+        if self._symbolic and not _keras.makes_its_own_graph(self):
             config["with_terms"] = keras.saving.serialize_keras_object(self._with_terms)
             config["terms"] = [
                 {"kind": kind, **{k: keras.saving.serialize_keras_object(v) for k, v in extra.items()}}
@@ -645,9 +667,12 @@ class FunctionalModel(Model, _keras.Functional):
         graph = keras.saving.deserialize_keras_object(with_terms, custom_objects=custom_objects)
         outputs, *values = graph.output
         model = cls(graph.input, outputs, name=config["name"], trainable=config.get("trainable", True))
+        symbolic = []
         for entry, value in zip(entries, values, strict=True):
-            extra = {k: keras.saving.deserialize_keras_object(v) for k, v in entry.items() if k != "kind"}
-            (model.add_loss if entry["kind"] == "loss" else model.add_metric)(value, **extra)
+            extra = {k: keras.saving.deserialize_keras_object(v, custom_objects) for k, v in entry.items()}
+            symbolic.append((extra.pop("kind"), value, extra))
+        model.__dict__["_inherited"] = symbolic, None
+        model._inherit()
         return model
 
 

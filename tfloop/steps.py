@@ -40,6 +40,15 @@ class ModelSteps:
                 model.optimizer.build(model.trainable_variables)
         for average in model._averages:
             average.build(model)
+        self._count_updates()
+
+    def _count_updates(self):
+        """An optimizer that has taken steps elsewhere, or was loaded, sets the count of updates."""
+        optimizer = self.model.optimizer
+        if optimizer is not None and optimizer.built:
+            done = int(optimizer.iterations.numpy())
+            if done > int(self.updates.numpy()):
+                self.updates.assign(done)
 
     def build_for_prediction(self, batch):
         """Builds the layers alone: a batch to predict has no targets to build losses and metrics with."""
@@ -71,12 +80,7 @@ class ModelSteps:
         return self.model._updates
 
     def start(self):
-        """Called before training: an optimizer that has taken steps elsewhere sets the count of updates."""
-        optimizer = self.model.optimizer
-        if optimizer is not None and optimizer.built:
-            done = int(optimizer.iterations.numpy())
-            if done > int(self.updates.numpy()):
-                self.updates.assign(done)
+        """Called before training."""
         for average in self.model._averages:
             average.begin()
 
@@ -112,14 +116,19 @@ class ModelSteps:
 
     def publisher(self):
         """A function of an epoch's values that sets the metric objects that stand for columns of the record."""
-        found = [item for _, layer in names.walk(self.model) for item in terms.term_metrics(layer).items()]
-        metrics = [(name, metric) for name, metric in found if isinstance(metric, terms.TermMetric)]
+        metrics = [
+            (name, f"{path or self.model.name}/{name}", metric)
+            for path, layer in names.walk(self.model)
+            for name, metric in terms.term_metrics(layer).items()
+            if isinstance(metric, terms.TermMetric)
+        ]
         tracker = None if self.model._tracks_loss else _keras.loss_tracker(self.model)
 
         def publish(values):
-            for name, metric in metrics:
-                if values.get(name) is not None:
-                    metric.record(values[name])
+            for name, qualified, metric in metrics:
+                value = values.get(qualified, values.get(name))
+                if value is not None:
+                    metric.record(value)
             if tracker is not None and values.get("loss") is not None:
                 tracker.total.assign(values["loss"])
                 tracker.count.assign(1.0)
