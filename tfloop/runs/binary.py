@@ -32,7 +32,8 @@ from absl import app, logging
 from absl import flags as absl_flags
 
 from tfloop import reproducibility, weights
-from tfloop.runs import flags, workdir
+from tfloop.model import Model
+from tfloop.runs import flags, rehearsal, workdir
 from tfloop.runs.errors import Refused
 from tfloop.runs.run import Run
 from tfloop.runs.sentry import NonFiniteError
@@ -63,6 +64,11 @@ def prepare():
         flags.check(flags.leftovers(sys.argv))
         reproducibility.set_seed(FLAGS.seed, deterministic=FLAGS.deterministic)
         keras.config.set_dtype_policy(FLAGS.precision)
+        if FLAGS.strategy != "none":
+            raise Refused(
+                f"--strategy={FLAGS.strategy}: tfloop's loop does not distribute a step over replicas yet. "
+                "Train with --strategy=none."
+            )
 
 
 def experiment():
@@ -85,7 +91,7 @@ def train(model, x=None, y=None, *, name=None, best=None, **arguments):
 
     Afterwards `run.history` is the history of the whole run and `run.path("samples.png")` a place in its
     folder. A binary of one network ends here, with status 0, if the run was finished before; one of several
-    goes on with the trained network.
+    goes on with the trained network. With `--dry_run` and `--verify` it ends here too.
 
     ```
     run = tfloop.binary.train(model, x, y, validation_data=(x_val, y_val))
@@ -95,23 +101,51 @@ def train(model, x=None, y=None, *, name=None, best=None, **arguments):
     prepare()
     with refusing():
         adapt(model)
-        run = Run(
-            workdir=_folder(name),
-            seed=None,
-            checkpoint_every=FLAGS.checkpoint_every,
-            keep=FLAGS.keep,
-            resume=FLAGS.resume,
-            on_nan=FLAGS.on_nan,
-            log=FLAGS.log,
-            best=best,
-            settings=flags.values(),
-        )
-        run.seed = FLAGS.seed  # set before the model was built
-        print(f"Run folder: {shown(run.folder)}", file=sys.stderr, flush=True)
-        run.fit(model, x, y, **_arguments(x, arguments))
+        arguments = _arguments(x, arguments)
+        if FLAGS.overfit_one_batch:
+            x, y, arguments = rehearsal.one_batch(x, y, arguments)
+        with refusing_patterns():
+            if FLAGS.parametrize:
+                rehearsal.build(model, x, y, arguments)
+            if FLAGS.dry_run or FLAGS.verify:
+                rehearse(model, x, y, arguments)
+        run = _run(name, best)
+        run.fit(model, x, y, **arguments)
     if run.was_finished and name is None:
         sys.exit(0)
     return run
+
+
+def _run(name, best):
+    run = Run(
+        workdir=_folder(name),
+        seed=None,
+        checkpoint_every=FLAGS.checkpoint_every,
+        keep=FLAGS.keep,
+        resume=FLAGS.resume,
+        on_nan=FLAGS.on_nan,
+        log=FLAGS.log,
+        profile=FLAGS.profile,
+        best=best,
+        settings=flags.values(),
+    )
+    run.seed = FLAGS.seed  # set before the model was built
+    print(f"Run folder: {shown(run.folder)}", file=sys.stderr, flush=True)
+    return run
+
+
+def rehearse(model, x, y, arguments):
+    """What `--dry_run` and `--verify` do, and ends the process."""
+    if FLAGS.dry_run:
+        for line in rehearsal.dry_run(model, x, y, **arguments):
+            print(line, flush=True)
+        sys.exit(0)
+    difference = rehearsal.verify(model, x, y, **arguments)
+    if difference:
+        print(f"The first {rehearsal.STEPS} steps differ when they are made again: {difference}", file=sys.stderr)
+        sys.exit(1)
+    print(f"The first {rehearsal.STEPS} steps made twice are equal, bit for bit.")
+    sys.exit(0)
 
 
 _root: pathlib.Path | None = None
@@ -136,11 +170,21 @@ def _arguments(x, arguments):
     return {**given, **arguments}
 
 
+JIT = {"auto": "auto", "off": False, "step": "step", "loop": "loop"}
 _VERBOSE = {"auto": "auto", "bar": "bar", "line": "line", "none": 0}
 
 
 def adapt(model):
     """Adds what the flags ask for to a compiled model: watches, parametrisations, engine, learning rate."""
+    if not isinstance(model, Model):
+        raise Refused(
+            f"A run trains a tfloop.Model, and {getattr(model, 'name', model)!r} is of class {type(model).__name__}. "
+            "Make it one: `tfloop.Model(model.inputs, model.outputs)`."
+        )
+    if not model.compiled:
+        raise Refused("The model is not compiled: call model.compile(optimizer=..., loss=...) before `train`.")
+    if FLAGS["jit"].present:
+        model._choices["jit_compile"] = JIT[FLAGS.jit]
     for watch in FLAGS.watch:
         with named(watch, "watch"):
             model.watch(watch.pattern, watch.statistic)
@@ -178,6 +222,17 @@ def shown(path):
         return path.relative_to(pathlib.Path.cwd())
     except ValueError:
         return path
+
+
+@contextlib.contextmanager
+def refusing_patterns():
+    """A pattern that matches nothing is a flag's fault."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(("watch(", "parametrize(")):
+            raise Refused(f"--{error}") from error
+        raise
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from tfloop import reproducibility
 from tfloop.model import Model
 from tfloop.runs import flags, workdir
 from tfloop.runs.checkpoint import Checkpoints
+from tfloop.runs.errors import Refused
 from tfloop.runs.sentry import MOST_ROLLBACKS, NonFiniteError, RolledBack
 from tfloop.runs.session import Session
 from tfloop.runs.signals import Stop
@@ -32,6 +33,7 @@ class Run:
         log: of `"tensorboard"` and `"csv"`; `metrics.jsonl` is always written.
         spike: a `tfloop.runs.guard.SpikeRule`: a loss that it calls a spike is rolled back, as if not finite.
         best: a metric (`"val_loss"`, its minimum) or `("val_accuracy", "max")` whose best checkpoint is kept.
+        profile: whether some steps are traced for TensorBoard.
         settings: what else `config.json` shall hold under `flags`; differences are refused on a resume.
 
     Raises `tfloop.runs.errors.Refused` when the folder cannot be used, is locked, or holds another run.
@@ -58,6 +60,7 @@ class Run:
         log=("tensorboard",),
         *,
         spike=None,
+        profile=False,
         best=None,
         settings=None,
     ):
@@ -66,7 +69,7 @@ class Run:
         self.every = flags.parse_every(checkpoint_every)
         self.log = flags.parse_log(log if isinstance(log, str) else ",".join(log))
         self.keep, self.resume, self.on_nan, self.spike, self.best = keep, resume, on_nan, spike, best
-        self.seed = seed
+        self.seed, self.profile = seed, profile
         self.settings = dict(settings or {})
         self.history = None
         self._session = None
@@ -117,6 +120,9 @@ class Run:
                 with self._session:
                     model.fit(x, y, callbacks=[*callbacks, self._session], **arguments)
                 return
+            except Refused:
+                self.abandon()
+                raise
             except RolledBack as rolled:
                 skipped = rolled.skipped.ranges
         raise NonFiniteError(f"Rolled back {MOST_ROLLBACKS} times in one process; batches left out: {skipped}.")
@@ -139,6 +145,12 @@ class Run:
     def path(self, name):
         """A path in the run's folder: `run.path("samples.png")`."""
         return Path(self.folder) / name
+
+    def abandon(self):
+        """Gives a new folder back that nothing was written to."""
+        if self._place is not None:
+            self._place.abandon()
+        self.close()
 
     def close(self):
         """Gives the folder back; `fit` does it at its end."""

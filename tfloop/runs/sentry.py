@@ -185,7 +185,7 @@ def replayed(model, batch, variables):
     The step is run eagerly, and every variable gets back what it held.
     """
     before = reproducibility.snapshot(variables)
-    weights = [(f"weights/{name}", np.array(v)) for name, v in names.weight_names(model).items()]
+    weights = [(f"weights/{name}", keras.ops.convert_to_numpy(v)) for name, v in names.weight_names(model).items()]
     step = ModelStep(model, "train", batch, tf.convert_to_tensor(model.extra_state()["updates"]))
     try:
         with running(step), step.hearing():
@@ -201,11 +201,14 @@ def replayed(model, batch, variables):
 
 
 def named_arrays(batch):
-    """`x`, `y`, `sample_weight` of a batch as arrays, nested ones as `x/0`, `x/image`."""
+    """The tensors of a batch as arrays, by their names."""
+    return {name: np.asarray(leaf) for name, leaf in leaves(batch)}
+
+
+def leaves(batch):
+    """`(name, tensor)` of a batch: `x`, `y`, `sample_weight`, nested ones as `x/0`, `x/image`."""
     parts = zip(("x", "y", "sample_weight"), keras.utils.unpack_x_y_sample_weight(batch), strict=True)
-    found = {}
     for name, part in parts:
         for path, leaf in keras.tree.flatten_with_path(part):
             if leaf is not None:
-                found["/".join([name, *map(str, path)])] = np.asarray(leaf)
-    return found
+                yield "/".join([name, *map(str, path)]), leaf

@@ -14,7 +14,8 @@ from tfloop import reproducibility, statistics
 from tfloop.keeping import Keeper
 from tfloop.loop.observer import Observer, Position
 from tfloop.runs import callback_state, config, environment, guard, workdir
-from tfloop.runs.errors import CheckpointError, ConfigError
+from tfloop.runs.errors import CheckpointError, ConfigError, Refused
+from tfloop.runs.profile import Profile
 from tfloop.runs.sentry import RolledBack, Sentry
 from tfloop.runs.writers import CSV, JSONL, Composite, Curves, TensorBoard, Threaded
 
@@ -40,6 +41,7 @@ class Session(Observer):
         self._saved = None  # where the last save was made
         self._saved_at = self._began = time.monotonic()
         self._seconds_before = 0.0
+        self._profile = Profile(run.profile)
         self._logs = None  # of the last epoch
         self.updates = 0
         self.was_finished = False
@@ -50,19 +52,19 @@ class Session(Observer):
         self._loop, self._source = loop, source
         loop.measure_each_step()
         self._others = [c for c in callbacks if c is not self]
-        model = self.model
+        model, run = self.model, self._run
         self._variables = {**reproducibility.state_variables(model), **reproducibility.metric_variables(model)}
+        self._all = {**self._variables, **reproducibility.process_variables()}
         self._read = reproducibility.Reader(self._variables)
         self._before = self._place.read_json(workdir.CONFIG)
         self._now = self._configuration(source)
         if self._before is not None:
             self._compare(self._before, self._now)
             loop.use(self._before.get("choice"))
-        self._restored = self._checkpoints.restore_latest(self._variables, partial=self._run.resume == "partial")
-        run, process = self._run, reproducibility.process_variables()
-        self._all = {**self._variables, **process}
-        self._sentry = Sentry(model, self._all, source, run.on_nan, run.spike, self._skipped, self._place)
         keep_by(model, None if run.on_nan == "ignore" else run.on_nan != "skip", self._all)
+        check_watches(loop, source)
+        self._restored = self._checkpoints.restore_latest(self._variables, partial=self._run.resume == "partial")
+        self._sentry = Sentry(model, self._all, source, run.on_nan, run.spike, self._skipped, self._place)
 
     def _configuration(self, source):
         data = {"examples": getattr(source, "examples", None), "steps_per_epoch": source.steps}
@@ -100,6 +102,8 @@ class Session(Observer):
         if self._restored is None and self._run.on_nan == "rollback":
             self.save()  # so that there is something to go back to
         self._loop.position = position
+        if self._run.profile:
+            self._profile.folder = self._place.make_folder("tensorboard")
         self._copy_state()
         return position
 
@@ -163,6 +167,7 @@ class Session(Observer):
 
     def before_chunk(self):
         self._moving = True
+        self._profile.before_chunk(self.updates)
 
     def on_chunk(self, record, feed):
         position = self._loop.position
@@ -178,6 +183,7 @@ class Session(Observer):
         return record
 
     def after_chunk(self):
+        self._profile.after_chunk(self.updates)
         self._sentry.act()
         if self._stop.signal is not None:
             self._stop.end()
@@ -282,6 +288,7 @@ class Session(Observer):
             self._saved = None
 
     def _close(self, error):
+        self._profile.close()
         try:
             self._writer.close()
         except OSError as failure:
@@ -315,6 +322,18 @@ def keep_by(model, halts, variables):
         model.__dict__["_keeper_for"] = wanted
     if model._keeper is not None:
         model._keeper.begin()
+
+
+def check_watches(loop, source):
+    """Traces the step, which finds out whether what is watched is there."""
+    if loop._steps.eager:
+        return
+    try:
+        loop._runner.program("train", source.spec).step  # noqa: B018
+    except ValueError as error:
+        if str(error).startswith("watch("):
+            raise Refused(f"--{error}") from error
+        raise
 
 
 def tell(text):

@@ -111,6 +111,13 @@ class Workdir:
         aside.mkdir()
         _finish_moving(self.folder)
 
+    def abandon(self):
+        """Gives the folder back, and removes it if it holds nothing."""
+        if os.listdir(self.folder) == [LOCK]:
+            self.path(LOCK).unlink()
+            self.folder.rmdir()
+        self.close()
+
     def close(self):
         """Gives the folder back."""
         if self._lock is not None:

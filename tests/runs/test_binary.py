@@ -1,0 +1,80 @@
+"""The classifier's command line: what the flags do, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from saver import REPOSITORY
+
+
+def classifier(folder, *flags, status=0):
+    """Runs the classifier; returns what it said."""
+    command = [sys.executable, "-m", "experiments.classifier", f"--workdir={folder}", "--progress=none", *flags]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder.parent, timeout=180)
+    assert done.returncode == status, done.stderr
+    return done.stdout + done.stderr
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_default_run_learns_the_digits(tmp_path):
+    folder = tmp_path / "run"
+    classifier(folder, "--log=tensorboard,csv", "--profile")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["metrics"]["val_accuracy"] >= 0.97 and summary["metrics"]["hidden_norm"] > 1
+    assert summary.keys() == {"metrics", "steps", "epochs", "seconds", "engine", "fingerprint"}
+    config = json.loads((folder / "config.json").read_text())
+    assert {"flags", "versions", "seed", "threads", "engine"} <= config.keys()
+    assert config["engine"] == summary["engine"] and config["flags"]["batch_size"] == 32
+    rows = records(folder)
+    assert [r["step"] for r in rows if r["split"] == "train"] == list(range(1, summary["steps"] + 1))
+    assert [r["epoch"] for r in rows if r["split"] == "epoch"] == list(range(summary["epochs"]))
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "csv" / "train.csv").exists() and list((folder / "tensorboard").rglob("*.xplane.pb"))
+
+
+def test_watches_and_parametrisations_need_no_code(tmp_path):
+    folder = tmp_path / "run"
+    flags = ["--watch=gradients/*/kernel=norm", "--watch=*=rms", "--parametrize=*/kernel=spectral_norm"]
+    classifier(folder, "--epochs=1", "--jit=off", "--watch=hidden=histogram", *flags)
+    first = records(folder)[0]
+    assert {"gradients/hidden/kernel/norm", "gradients/logits/kernel/norm", "hidden/rms", "logits/rms"} <= first.keys()
+    assert json.loads((folder / "summary.json").read_text())["engine"] == "graph"
+
+
+@pytest.mark.parametrize(
+    ("flag", "status", "said"),
+    [
+        ("--watch=nope/*=rms", 2, "'hidden'"),
+        ("--parametrize=nope/kernel=spectral_norm", 2, "'hidden/kernel'"),
+        ("--bacth_size=3", 1, "batch_size"),
+        ("--learning_rate=nan", 1, "learning_rate"),
+        ("stray", 2, "stray"),
+        ("--strategy=multiworker", 2, "--strategy"),
+        ("--workdir=/proc/nowhere", 2, "/proc/nowhere"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(tmp_path, flag, status, said):
+    heard = classifier(tmp_path / "run", flag, status=status)
+    assert said in heard and "Traceback" not in heard, heard
+    assert not (tmp_path / "run").exists()
+
+
+def test_rehearsals_write_nothing(tmp_path):
+    heard = classifier(tmp_path / "run", "--dry_run", "--watch=*=rms")
+    for said in ("float32[32, 8, 8, 1]", "7,510 parameters", "gradients/hidden/kernel", "hidden/rms", "hidden_norm"):
+        assert said in heard
+    assert "bit for bit" in classifier(tmp_path / "run", "--verify")
+    assert os.listdir(tmp_path) == []
+
+
+def test_without_a_workdir_every_run_has_a_new_folder(tmp_path):
+    for number in (1, 2):
+        heard = classifier(tmp_path / "x", "--workdir=", "--epochs=1", "--overfit_one_batch", "--log=")
+        assert f"Run folder: runs/classifier/{number}" in heard
+    assert sorted(os.listdir(tmp_path / "runs" / "classifier")) == ["1", "2"]

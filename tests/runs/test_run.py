@@ -1,0 +1,267 @@
+"""`tfloop.Run` in code: history, callbacks, data of every kind, what is not finite, and what it refuses."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import tfloop
+from tfloop import reproducibility
+from tfloop.loop.observer import Observer
+from tfloop.runs import rehearsal, sentry
+from tfloop.runs.errors import ConfigError, LockedError
+from tfloop.runs.guard import SpikeRule
+
+X = np.random.default_rng(0).normal(size=(40, 4)).astype("float32")
+Y = X.sum(1, keepdims=True)
+
+
+def model(rate=0.05, dropout=0.2, **compiled):
+    inputs = keras.Input((4,))
+    hidden = layers.Dropout(dropout)(layers.Dense(8, activation="relu", name="hidden")(inputs))
+    made = tfloop.Model(inputs, layers.Dense(1, name="out")(hidden))
+    made.compile(keras.optimizers.Adam(rate), "mse", **{"jit_compile": False, **compiled})
+    return made
+
+
+def fit(folder, epochs, x=X, y=Y, make=None, run=None, **arguments):
+    run = tfloop.Run(folder, **{"log": (), "seed": 3, **(run or {})})
+    made = (make or model)()  # after the seed was set
+    arguments = {"verbose": 0, **({"batch_size": 16} if isinstance(x, np.ndarray) else {}), **arguments}
+    return run, made, run.fit(made, x, y, epochs=epochs, **arguments)
+
+
+def rows(folder, split):
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in found if row["split"] == split]
+
+
+class StopAt(keras.callbacks.Callback):
+    """An error in the middle of an epoch."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def on_train_batch_end(self, batch, logs=None):
+        if int(self.model.optimizer.iterations) == self.step:
+            raise InterruptedError
+
+
+class Counts(keras.callbacks.Callback):
+    """A user's callback with a state, an array among it."""
+
+    def __init__(self):
+        super().__init__()
+        self.epochs, self.losses = 0, np.zeros(2)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.epochs += 1
+        self.losses = np.append(self.losses, logs["loss"])
+
+    def get_state(self):
+        return {"epochs": self.epochs, "losses": self.losses}
+
+    def set_state(self, state):
+        self.epochs, self.losses = state["epochs"], state["losses"]
+
+
+def test_the_history_is_that_of_the_whole_run(tmp_path):
+    _, first, whole = fit(tmp_path / "whole", 4)
+    fit(tmp_path / "run", 2)
+    run, second, history = fit(tmp_path / "run", 4)
+    assert history.history == whole.history and history.epoch == [0, 1, 2, 3]
+    assert tfloop.fingerprint(first) == tfloop.fingerprint(second)
+    assert run.steps == 12 and not run.was_finished
+    again, third, history = fit(tmp_path / "run", 4)
+    assert again.was_finished and history.history == whole.history
+    assert tfloop.fingerprint(third) == tfloop.fingerprint(first)
+
+
+def test_callbacks_go_on_with_their_state(tmp_path):
+    def callbacks():
+        stopping = keras.callbacks.EarlyStopping("loss", patience=3, restore_best_weights=True)
+        return [Counts(), stopping, keras.callbacks.ReduceLROnPlateau("loss", patience=1, factor=0.5)]
+
+    how = {"make": lambda: model(3.0), "validation_data": (X, Y)}
+    whole, parts = callbacks(), callbacks()
+    _, first, _ = fit(tmp_path / "whole", 8, **how, callbacks=whole)
+    for step in (4, 11):
+        with pytest.raises(InterruptedError):
+            fit(tmp_path / "run", 8, **how, callbacks=[*callbacks(), StopAt(step)])
+    _, second, _ = fit(tmp_path / "run", 8, **how, callbacks=parts)
+    assert tfloop.fingerprint(first) == tfloop.fingerprint(second)
+    assert parts[0].epochs == whole[0].epochs and np.array_equal(parts[0].losses, whole[0].losses)
+    assert (parts[1].wait, parts[1].best, parts[1].best_epoch) == (whole[1].wait, whole[1].best, whole[1].best_epoch)
+
+
+def dataset():
+    return tf.data.Dataset.from_tensor_slices((X, Y)).shuffle(40, seed=1).batch(16)
+
+
+def generator():
+    while True:
+        for start in (0, 16, 32):
+            yield X[start : start + 16], Y[start : start + 16]
+
+
+@pytest.mark.parametrize(
+    ("data", "arguments"),
+    [
+        (dataset, {}),
+        (lambda: dataset().repeat(), {"steps_per_epoch": 2}),
+        (generator, {"steps_per_epoch": 3}),
+        (lambda: X, {"steps_per_epoch": 2}),
+        (lambda: X, {"shuffle": "batch", "sample_weight": np.ones(40)}),
+    ],
+)
+def test_every_source_goes_on_where_it_was(tmp_path, data, arguments, capsys):
+    y = Y if isinstance(data(), np.ndarray) else None
+    _, first, _ = fit(tmp_path / "whole", 4, data(), y, **arguments)
+    with pytest.raises(InterruptedError):
+        fit(tmp_path / "run", 4, data(), y, callbacks=[StopAt(5)], **arguments)
+    _, second, _ = fit(tmp_path / "run", 4, data(), y, **arguments)
+    assert tfloop.fingerprint(first) == tfloop.fingerprint(second)
+    assert ("counted through" in capsys.readouterr().err) == (y is None)
+
+
+def test_an_error_in_the_step_leaves_the_state_before_it(tmp_path):
+    def explode(y, y_pred):
+        return keras.ops.mean((y - y_pred) ** 2) + 0 * tf.gather(
+            tf.zeros(3), tf.cast(y_pred[0, 0] * 0 + LIMIT[0], tf.int32)
+        )
+
+    LIMIT = tf.Variable([0.0])
+
+    def make():
+        made = model()
+        made.compile("adam", explode, jit_compile=False)
+        return made
+
+    blow = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: LIMIT.assign([5.0 * (epoch == 2)]))
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        fit(tmp_path, 4, make=make, callbacks=[blow])
+    run, _, _ = fit(tmp_path, 2, make=make)
+    assert run.was_finished and run.steps == 6
+
+
+# Not finite
+
+
+def broken(row):
+    x = X.copy()
+    x[row] = np.inf
+    return x
+
+
+@pytest.mark.parametrize("how", [{}, {"jit_compile": "step"}, {"jit_compile": "loop"}, {"run_eagerly": True}])
+def test_a_step_that_is_skipped_moves_nothing(tmp_path, how):
+    states = []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            states.append(tfloop.fingerprint(self.model))
+
+    run, _, _ = fit(
+        tmp_path, 1, broken(20), make=lambda: model(**how), run={"on_nan": "skip"}, shuffle=False, callbacks=[Look()]
+    )
+    assert states[0] == states[1] != states[2] and run.steps == 2
+    assert [row["step"] for row in rows(tmp_path, "train")] == [1, 2]
+    assert np.isfinite(rows(tmp_path, "epoch")[0]["loss"])
+
+
+def test_too_many_in_a_row_stop_the_run(tmp_path):
+    with pytest.raises(sentry.NonFiniteError, match="20 steps in a row"):
+        fit(tmp_path, 30, np.full_like(X, np.nan), run={"on_nan": "skip"})
+
+
+def test_what_is_ignored_is_null_in_the_log(tmp_path):
+    fit(tmp_path, 1, broken(20), run={"on_nan": "ignore"}, shuffle=False)
+    assert [row["loss"] is None for row in rows(tmp_path, "train")] == [False, True, True]
+    assert rows(tmp_path, "train")[1]["nonfinite"] == ["loss"]
+
+
+def test_the_first_bad_tensor_is_a_gradient(tmp_path):
+    made = model(dropout=0.0)
+    made.add_loss(lambda t: keras.ops.mean(keras.ops.sqrt(t["hidden"] * 0.0)), name="root")
+    with pytest.raises(sentry.NonFiniteError, match=r"'gradients/hidden/(bias|kernel)'"):
+        fit(tmp_path, 1, make=lambda: made)
+    assert tfloop.fingerprint(made) and all(np.isfinite(w).all() for w in made.get_weights())
+
+
+def test_a_loss_scale_looks_after_its_own_gradients(tmp_path):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        run, _, _ = fit(tmp_path, 2)
+        assert run.steps == 6
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def test_a_spike_is_rolled_back(tmp_path):
+    x = X.copy()
+    x[20] *= 1e4
+    rule = SpikeRule(factor=20.0, window=8, warmup=2)
+    run, _, _ = fit(tmp_path, 2, x, run={"spike": rule, "on_nan": "rollback"}, batch_size=4, shuffle=False)
+    losses = [row["loss"] for row in rows(tmp_path, "train")]
+    assert len(losses) == run.steps == 18 and max(losses) < 1e4
+
+
+# What is refused
+
+
+def test_other_arguments_are_refused(tmp_path):
+    fit(tmp_path, 1)
+    with pytest.raises(ConfigError, match="flags/batch_size: 16 -> 8"):
+        fit(tmp_path, 2, batch_size=8)
+    with pytest.raises(ConfigError, match="data/examples: 40 -> 32"):
+        fit(tmp_path, 2, X[:32], Y[:32])
+
+
+def test_a_run_in_use_is_refused(tmp_path):
+    run = tfloop.Run(tmp_path)
+    with pytest.raises(LockedError):
+        tfloop.Run(tmp_path)
+    run.close()
+    tfloop.Run(tmp_path).close()
+
+
+def test_a_keras_model_is_refused_with_the_mend(tmp_path):
+    with pytest.raises(TypeError, match=r"tfloop.Model\(model.inputs, model.outputs\)"):
+        tfloop.Run(tmp_path).fit(keras.Sequential([layers.Dense(1)]), X, Y)
+
+
+# Rehearsals
+
+
+def test_a_verification_names_what_differs():
+    made = model()
+    assert rehearsal.verify(made, X, Y, batch_size=8, epochs=3) is None
+    before = tfloop.fingerprint(made)
+
+    class Unseeded(layers.Layer):
+        def call(self, x):
+            return x + tf.random.stateless_normal(tf.shape(x), tf.cast([time_now(), 1], tf.int32))
+
+    inputs = keras.Input((4,))
+    other = tfloop.Model(inputs, layers.Dense(1, name="out")(Unseeded()(inputs)))
+    other.compile("sgd", "mse", jit_compile=False)
+    assert "'out/kernel'" in rehearsal.verify(other, X, Y, batch_size=8)
+    assert tfloop.fingerprint(made) == before
+
+
+def time_now():
+    return tf.timestamp() * 1e6 % 1e9
+
+
+def test_an_observer_that_does_nothing_changes_nothing():
+    results = []
+    for callbacks in ([], [Observer()]):
+        keras.utils.set_random_seed(1)
+        made = model()
+        made.fit(X, Y, epochs=2, verbose=0, callbacks=callbacks)
+        results.append(reproducibility.fingerprint(made))
+    assert results[0] == results[1]
