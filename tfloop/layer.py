@@ -94,8 +94,10 @@ class Adding:
         np.testing.assert_allclose(layer.metrics[0].result(), 2.0)
         ```
         """
-        if value is None:
+        if value is None and not inside_call():
             return lambda function: self.add_metric(function, name=name, aggregation=aggregation)
+        if value is None or isinstance(value, keras.Metric):
+            terms.as_number(value, f"add_metric(name={name!r})")  # says what is wrong
         aggregation = aggregation or "mean"
         marked = _keras.metric_of(value)
         if marked:

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tfloop import _keras, names, terms, weights
 from tfloop.averaging import WeightAverage, refuse_swapped
-from tfloop.layer import Adding
+from tfloop.layer import Adding, inside_call
 from tfloop.loop import fitting
 from tfloop.model_step import ModelStep, model_step
 from tfloop.step import running
@@ -88,7 +88,7 @@ class Model(Adding, keras.Model):
             return ops.mean(t["code"] ** 2)
         ```
         """
-        if value is None:
+        if value is None and not inside_call():
             return lambda function: self.add_loss(function, name=name, weight=weight) or function
         super().add_loss(value, name=name, weight=weight, inputs=inputs)
         return value if callable(value) and not isinstance(value, keras.Variable) else None
