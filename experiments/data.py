@@ -1,6 +1,7 @@
 """Sets of images with labels: scikit-learn's digits, which come with it, and those that Keras downloads."""
 
 import pathlib
+import sys
 
 import keras
 import numpy as np
@@ -13,12 +14,12 @@ def images(name="digits", data_dir=None):
 
     `"digits"`: 1437 images of 8 x 8 to train on and 360 to test. `"mnist"`, `"fashion_mnist"`: 60000 and 10000
     of 28 x 28, read from `data_dir/<name>.npz` (`x_train`, `y_train`, `x_test`, `y_test`) if there is such a
-    file, else downloaded.
+    file, else downloaded. Another name ends the process with one line and status 1.
     """
     if name == "digits":
         return digits()
     if name not in KERAS:
-        raise ValueError(f"There is no data set {name!r}. There is digits, {', '.join(KERAS)}.")
+        sys.exit(f"--data={name}: there is no such data set. There is digits, {', '.join(KERAS)}.")
     path = pathlib.Path(data_dir or "") / f"{name}.npz"
     if data_dir and path.exists():
         with np.load(path, allow_pickle=False) as file:
