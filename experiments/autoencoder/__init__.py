@@ -1,0 +1,1 @@
+"""The autoencoder of the post: a loss on tensors, and `fit(x, None)`."""
