@@ -1,0 +1,1 @@
+"""Normalising a weight before it is used against a constraint after the update."""
