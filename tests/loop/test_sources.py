@@ -110,7 +110,7 @@ def test_a_sample_takes_no_batch_away():
         make_source(dataset(x, y, 4)),
         make_source(iter([(x[i : i + 4], y[i : i + 4]) for i in (0, 4, 8)]), steps=3),
     ):
-        sample = source.sample(3, 4)
+        sample = source.sample(3, 4, blocks=True)
         assert sample.kind in ("rows", "block") and sample.count in (1, 2, 3)
         for blocks in (False, True):
             if blocks and not source.addressable:
@@ -132,7 +132,7 @@ def test_a_dataset_in_blocks_gives_what_it_gives_one_by_one(steps, sampled):
     x, y = numbers(22), numbers(22)
     source = make_source(dataset(x, y, 4).repeat(2), steps=steps)
     if sampled:
-        source.sample(2, 4)
+        source.sample(2, 4, blocks=True)
     epochs = 2 if steps is None else 4
     found = []
     for epoch in range(epochs):
@@ -170,9 +170,9 @@ def test_reading_ahead_is_bounded():
 def test_text_and_ragged_batches_train_as_a_graph():
     ragged = tf.data.Dataset.from_tensor_slices((tf.ragged.constant([[1.0], [2.0, 3.0], [4.0]]), [0, 1, 2])).batch(2)
     source = make_source(ragged)
-    assert source.sample(2, 4).kind == "batch"
+    assert source.sample(2, 4, blocks=True).kind == "batch"
     words = tf.data.Dataset.from_tensor_slices((["a", "b", "c"], [0, 1, 2])).batch(2)
-    sample = make_source(words).sample(2, 4)
+    sample = make_source(words).sample(2, 4, blocks=True)
     assert sample.args[0].numpy()[0].tolist() == [b"a", b"b"]
 
 

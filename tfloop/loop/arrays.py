@@ -82,7 +82,7 @@ class ArraySource:
         made = ResidentFeeder if self.resident else GatheringFeeder
         return made(self, epoch * self.steps + start, (epoch + 1) * self.steps, capacity)
 
-    def sample(self, count, capacity):
+    def sample(self, count, capacity, blocks=False):
         """A feed of the first batches, for a trial."""
         feeder = self.feeder(0, capacity=capacity)
         feed = feeder.take(count)

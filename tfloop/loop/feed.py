@@ -24,12 +24,13 @@ class Feed:
     count: int
     spec: Any
     short: bool = False  # an epoch's last batch, smaller than the others
+    most: int = 1  # batches that an iterator may be asked for
 
     @property
     def capacity(self):
         """The most batches that a feed of this shape can hold."""
         if self.kind in ("iterator", "batch"):
-            return power_of_two(self.count)
+            return self.most
         return int((self.args[1] if self.kind == "rows" else self.args[0]).shape[0])
 
 

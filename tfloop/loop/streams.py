@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfloop.loop.arrays import block_capacity
-from tfloop.loop.feed import Feed, flat, same_shapes, spec_of, stacked
+from tfloop.loop.feed import Feed, flat, packed, same_shapes, spec_of, stacked
 
 
 class DatasetSource:
@@ -31,7 +31,7 @@ class DatasetSource:
         self.length = cardinality if cardinality > 0 else None
         self.steps = steps or self.length
         self.spec = dataset.element_spec
-        self._endless = steps is not None
+        self._endless = self.endless = steps is not None
         self._iterator = None
         self._first = []  # a batch that a trial has read from the iterator
         self._blocks = None
@@ -52,12 +52,14 @@ class DatasetSource:
             self._blocks.endless = self._endless
         return self._blocks
 
-    def sample(self, count, capacity):
-        """A block of the first batch `count` times, for a trial. The batch is trained on later, in its turn."""
+    def sample(self, count, capacity, blocks=False):
+        """The first batch `count` times, for a trial. The batch is trained on later, in its turn."""
         if not self._first:
             self._iterator = iter(self.dataset)
             self._first = [next(self._iterator)]
-        return block_of(self._first * count, min(capacity, block_capacity(spec_of(self._first[0]))), self.spec)
+        if blocks:
+            return block_of(self._first * count, min(capacity, block_capacity(spec_of(self._first[0]))), self.spec)
+        return Feed("iterator", (iter(again_and_again(self._first[0], self.spec)),), count, self.spec, most=capacity)
 
     def skip_epochs(self, count):
         """As if so many epochs had been read before, by a process that this one follows."""
@@ -91,7 +93,7 @@ class _DatasetFeeder:
             self._left = None if self._left is None else self._left - 1
             return block_of([self._first.pop()], 1, self._source.spec)
         count = min(limit, self._capacity, limit if self._left is None else self._left)
-        return Feed("iterator", (self._iterator,), count, self._source.spec)
+        return Feed("iterator", (self._iterator,), count, self._source.spec, most=self._capacity)
 
     def took(self, count, asked):
         """The loop says how many of the batches that it asked for were there."""
@@ -105,6 +107,16 @@ class _DatasetFeeder:
 
     def close(self):
         pass
+
+
+def again_and_again(batch, spec):
+    """A dataset of one batch, without end, whose element spec is `spec`, so that no program is traced for it alone."""
+
+    def widened(*leaves):
+        known = [tf.compat.v1.placeholder_with_default(x, s.shape) for x, s in zip(leaves, flat(spec), strict=True)]
+        return packed(spec, known)
+
+    return tf.data.Dataset.from_tensors(tuple(flat(batch))).map(widened).repeat()
 
 
 def block_of(batches, capacity, spec):
@@ -140,6 +152,14 @@ class PythonSource:
         source.endless = True
         return source
 
+    def grouped(self, group, steps):
+        """The source of what `group` makes of the batches of each epoch."""
+        made = PythonSource(lambda epoch: group(map(self._transform, self._batches(epoch))), steps)
+        if self.endless:
+            iterator = group(map(self._transform, self._batches(0)))
+            made = PythonSource.of_iterator(iterator, steps)
+        return made
+
     @property
     def spec(self):
         if self._spec is None:
@@ -160,7 +180,7 @@ class PythonSource:
             iterator = iter(self._batches(epoch))
             self._stream = ReadAhead(map(self._transform, iterator), self.ahead)
 
-    def sample(self, count, capacity):
+    def sample(self, count, capacity, blocks=True):
         """A block of the first batch `count` times, for a trial. The batch is trained on later, in its turn."""
         return block_of([self._peek()] * count, min(capacity, block_capacity(self.spec)), self.spec)
 

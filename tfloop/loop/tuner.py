@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from tfloop import _keras
 from tfloop.loop.arrays import resident_bytes
+from tfloop.loop.engine import COMPILED
 from tfloop.loop.feed import flat, nbytes
 
 SHARE = 0.05  # of the expected run, for the trial
@@ -107,7 +108,8 @@ class Trial:
     def __init__(self, runner, program, source, steps, capacity, clock):
         self._runner, self._program, self._steps, self._clock = runner, program, steps, clock
         self._began = clock()
-        self._feed = source.sample(capacity, capacity)
+        self._source, self._capacity = source, capacity
+        self._feeds = {}
         self._times = {}  # engine -> seconds a step, of each measurement
         self._compiling = {}  # engine -> seconds
         self._dropped = {}  # engine -> reason
@@ -150,9 +152,13 @@ class Trial:
 
     def _run(self, engine, count):
         """Seconds a step."""
-        count = min(count, self._feed.count)
+        blocks = engine in COMPILED
+        if blocks not in self._feeds:
+            self._feeds[blocks] = self._source.sample(self._capacity, self._capacity, blocks)
+        feed = self._feeds[blocks]
+        count = min(count, feed.count)
         started = self._clock()
-        self._runner.run(engine, "train", dataclasses.replace(self._feed, count=count), 0)
+        self._runner.run(engine, "train", dataclasses.replace(feed, count=count), 0)
         return (self._clock() - started) / count
 
     def _is_over_soon(self):
