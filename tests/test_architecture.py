@@ -19,6 +19,7 @@ ROWS = (
     ("names", "step", "progress progress_line progress_display"),
     (
         "statistics",
+        "accumulation",
         "tensors",
         "reproducibility",
         "batch_norm",

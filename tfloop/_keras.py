@@ -300,20 +300,25 @@ def observing_updates(observer):
 
 
 @contextlib.contextmanager
-def observing_applies(observer):
+def observing_applies(observer, gate=None):
     """Tells `observer(optimizer, gradients, variables)` before every update of an optimizer in this thread.
 
-    `apply` is public; there is no hook before it. An optimizer inside a `LossScaleOptimizer` is not told of.
+    `gate`, called the same way and before, gives the gradients to use in place of those, or `None`: then there is
+    no update. `apply` is public; there is no hook before it. An optimizer inside a `LossScaleOptimizer` is not
+    told of.
     """
     previous = getattr(_thread, "apply_observers", ())
-    _thread.apply_observers = (*previous, observer)
+    _thread.apply_observers = (*previous, (observer, gate))
 
     def wrap(original):
         @functools.wraps(original)
         def apply(optimizer, grads, trainable_variables=None):
             observers, _thread.apply_observers = getattr(_thread, "apply_observers", ()), ()
             try:
-                for told in observers:
+                for told, opened in observers:
+                    grads = grads if opened is None else opened(optimizer, grads, trainable_variables)
+                    if grads is None:
+                        return None
                     told(optimizer, grads, trainable_variables)
                 return original(optimizer, grads, trainable_variables)
             finally:

@@ -11,10 +11,13 @@ import keras
 import tensorflow as tf
 
 from tfloop import _keras, names, terms, weights
+from tfloop.accumulation import Accumulation
 from tfloop.averaging import WeightAverage, refuse_swapped
 from tfloop.layer import Adding, inside_call
 from tfloop.loop import fitting
+from tfloop.loop.accumulation import micro_batches
 from tfloop.model_step import ModelStep, model_step
+from tfloop.row import merged
 from tfloop.step import running
 from tfloop.steps import ModelSteps
 
@@ -52,6 +55,7 @@ class Model(Adding, keras.Model):
         made.__dict__["_averages"] = []
         made.__dict__["_running_average"] = None
         made.__dict__["_measures_each_step"] = False
+        made.__dict__["_micro_batch"] = None
         made.__dict__["_keeper"] = None
         return made
 
@@ -321,23 +325,39 @@ class Model(Adding, keras.Model):
 
         Returns the step's row and its layout (see `loop/record.py`); for `"predict"` the predictions.
         """
+        if kind == "predict":
+            return self._run_part(kind, data, None)
         keeper = self._keeper if kind == "train" else None
         before = keeper.before() if keeper else None
-        step = ModelStep(self, kind, data, self._updates.read_value())
+        parts, accumulation = [data], None
+        if kind == "train" and self._micro_batch is not None:
+            parts = micro_batches(data, self._micro_batch)
+            accumulation = (
+                Accumulation([int(keras.tree.flatten(part)[0].shape[0]) for part in parts]) if len(parts) > 1 else None
+            )
+        rows, applied = [], []
+        for part in parts:
+            rows.append(self._run_part(kind, part, accumulation, applied))
+            if accumulation is not None:
+                accumulation.next_batch()
+        if kind == "train":
+            updates = self._updates.assign_add(1, read_value=True)
+            for average in self._averages:
+                average.update(updates)
+        row, layout = merged(rows)
+        return (row if keeper is None else keeper.after(before, row, layout, applied)), layout
+
+    def _run_part(self, kind, data, accumulation, applied=()):
+        """Goes through one batch: all of a step, or one of several that make an update together."""
+        step = ModelStep(self, kind, data, self._updates.read_value(), accumulation)
         with running(step), self._trainable_as_compiled():
             with step.hearing():
                 returned = getattr(self, f"{kind}_step")(data)
             if kind == "predict":
                 return returned
-            if kind == "train":
-                updates = self._updates.assign_add(1, read_value=True)
-                for average in self._averages:
-                    average.update(updates)
+            applied.extend(step.applied)
             lazily = getattr(type(self), f"{kind}_step") is getattr(Model, f"{kind}_step")
-            row, layout = step.row(returned, lazily)
-        if keeper is not None:
-            row = keeper.after(before, row, layout, step.applied)
-        return row, layout
+            return step.row(returned, lazily)
 
     # Compilation.
 
@@ -352,10 +372,14 @@ class Model(Adding, keras.Model):
         steps_per_execution="auto",
         jit_compile="auto",
         auto_scale_loss=True,
+        accumulate=1,
     ):
         """As `keras.Model.compile`.
 
         Args:
+            accumulate: int, how many batches make one update. Their gradients are averaged, weighted by the
+                number of examples; what is left at the end of an epoch makes an update of its own. A step of
+                the loop, of a schedule and of a log is then an update.
             steps_per_execution: `"auto"` lets the loop choose how many steps run in one call; an int is obeyed.
             jit_compile: `"auto"` lets the loop measure; `True` or `"step"` compiles the step with XLA, `"loop"`
                 whole chunks of steps, `False` nothing.
@@ -364,6 +388,7 @@ class Model(Adding, keras.Model):
         """
         check_choice("jit_compile", jit_compile, ("auto", True, False, "step", "loop"))
         check_steps_per_execution(steps_per_execution)
+        check_accumulate(accumulate)
         _keras.forget_compilation(self)
         super().compile(
             optimizer=optimizer,
@@ -377,7 +402,12 @@ class Model(Adding, keras.Model):
             auto_scale_loss=auto_scale_loss,
         )
         check_learning_rate(self.optimizer)
-        self.__dict__["_choices"] = {"steps_per_execution": steps_per_execution, "jit_compile": jit_compile}
+        self.__dict__["_choices"] = {
+            "steps_per_execution": steps_per_execution,
+            "jit_compile": jit_compile,
+            "accumulate": accumulate,
+        }
+        self.__dict__["_micro_batch"] = None
         with tf.init_scope():
             if self._updates is None:
                 self.__dict__["_updates"] = tf.Variable(0, dtype=tf.int64, trainable=False, name="updates")
@@ -707,6 +737,11 @@ def check_choice(name, value, choices):
 def check_steps_per_execution(value):
     if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise ValueError(f"compile(steps_per_execution={value!r}): expected 'auto' or a whole number, 1 or more.")
+
+
+def check_accumulate(value):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"compile(accumulate={value!r}): expected a whole number of batches, 1 or more.")
 
 
 def check_learning_rate(optimizer):

@@ -28,10 +28,14 @@ class ModelStep(Step):
         kind: `"train"`, `"test"` or `"predict"`.
         data: the batch, as `train_step` gets it.
         updates: int64 scalar, the number of completed updates.
+        accumulation: an `Accumulation`, where this batch is one of several that make an update together.
     """
 
-    def __init__(self, model, kind, data, updates):
+    def __init__(self, model, kind, data, updates, accumulation=None):
         super().__init__(kind)
+        self._accumulation = accumulation
+        self._memo = accumulation.memo if accumulation else self._memo  # what happens once, once in all of them
+        self._ends = accumulation is None or accumulation.at_the_last()  # with an update, and its gradients
         self.model = model
         self.updates = updates
         self.size = batch_size_of(data)
@@ -290,7 +294,9 @@ class ModelStep(Step):
         try:
             value = terms.evaluate(term.value, tensors)
         except MissingTensor as missing:
-            if self.kind == "train" or not (key in self._trained or missing.only_training):
+            if missing.only_training and not (self.training and self._ends):
+                return ABSENT  # of the backward pass, which evaluation and all but the last of several batches lack
+            if self.training or key not in self._trained:
                 raise
             return ABSENT
         if self.kind == "train":
@@ -303,7 +309,7 @@ class ModelStep(Step):
         seen, due = set(), {}
         for watch in self.model._terms.watches:
             found = tensors.matching(watch.pattern)
-            if not found and self.kind == "train":
+            if not found and self.training and self._ends:
                 raise ValueError(
                     f"watch({watch.pattern!r}) matches no tensor of the step. There is {names.listing(tensors, 60)}."
                 )
@@ -344,7 +350,7 @@ class ModelStep(Step):
         with (
             recording(self.recorder),
             _keras.observing_updates(self.note_update),
-            _keras.observing_applies(self.note_apply),
+            _keras.observing_applies(self.note_apply, self._accumulation),
         ):
             yield self
 

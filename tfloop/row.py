@@ -126,3 +126,31 @@ def reader(metric, path):
         return tf.reduce_mean(as_float(tf.convert_to_tensor(found)))
 
     return read
+
+
+def merged(rows):
+    """One row of the `(row, layout)` of several batches that made one update, and its layout.
+
+    The last batch has the names that only an update has (gradients); the others are taken over all batches.
+    """
+    if len(rows) == 1:
+        return rows[0]
+    layout = rows[-1][1]
+    places = [{column.name + column.aggregation: place for column, place in each.slices()} for _, each in rows]
+    sizes = tf.stack([row[0] for row, _ in rows])
+    parts = [tf.reduce_sum(sizes)[None]]
+    for column, _ in layout.slices():
+        key = column.name + column.aggregation
+        having = [i for i, place in enumerate(places) if key in place]
+        values = tf.stack([rows[i][0][places[i][key]] for i in having])  # (batches, width)
+        weights = tf.gather(sizes, having)[:, None]
+        parts.append(over_batches(column, values, weights))
+    return tf.concat(parts, 0), layout
+
+
+def over_batches(column, values, weights):
+    if column.aggregation in ("mean", "step"):
+        return tf.reduce_sum(values * weights, 0) / tf.reduce_sum(weights)
+    if column.aggregation in ("last", "running"):
+        return values[-1]
+    return {"sum": tf.reduce_sum, "min": tf.reduce_min, "max": tf.reduce_max}[column.aggregation](values, 0)

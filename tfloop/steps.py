@@ -76,6 +76,15 @@ class ModelSteps:
         return self.model._choices
 
     @property
+    def micro_batch(self):
+        """The size of the batches of which several make one update; `None` where a batch makes one."""
+        return self.model._micro_batch
+
+    @micro_batch.setter
+    def micro_batch(self, size):
+        self.model.__dict__["_micro_batch"] = size
+
+    @property
     def updates(self):
         return self.model._updates
 

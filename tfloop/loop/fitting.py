@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from tfloop.loop import source as sources
 from tfloop.loop import tuner
+from tfloop.loop.accumulation import accumulated
 from tfloop.loop.engine import COMPILED, Runner
 from tfloop.loop.feed import batch_of, flat, packed, spec_of
 from tfloop.loop.hooks import Hooks, wants_batches
@@ -80,6 +81,8 @@ class Loop:
             x, y, sample_weight, batch_size, steps_per_epoch, shuffle, class_weight, self._steps.seed
         )
         validation = self._validation(validation_data, validation_batch_size or batch_size, validation_steps)
+        if self._steps.choices["accumulate"] > 1:
+            source, self._steps.micro_batch = accumulated(source, self._steps.choices["accumulate"])
         self._steps.build(source.spec)
         self._steps.start()
         hooks = Hooks(callbacks, model, epochs=epochs, steps=source.steps, verbose=verbose)
