@@ -135,7 +135,7 @@ def test_a_metric_object_made_anew_in_every_call():
 def test_what_is_no_number_is_an_error(value):
     with pytest.raises(TypeError, match="'m'"):
         fit(in_model(lambda self, x, training: self.add_metric(value, name="m")))
-    with pytest.raises((TypeError, ValueError), match="add_loss|number"):
+    with pytest.raises((TypeError, ValueError), match=r"add_loss|number"):
         fit(in_model(lambda self, x, training: self.add_loss(value, name="m")))
 
 

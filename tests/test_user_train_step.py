@@ -4,6 +4,8 @@ Each class below is written as in the documentation of Keras, for a `Base` that 
 The same training runs on both. What is no metric object's result Keras shows as of the last batch; tfloop averages it.
 """
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -54,9 +56,16 @@ def train(make, base, x=X, y=Y, epochs=2, callbacks=(), validate=False, **mode):
     return model.fit(x, y, callbacks=list(callbacks), **options).history
 
 
+@functools.cache
+def trained_by_keras(make, **options):
+    """The history under Keras' own `fit`, and the logs of its batches."""
+    batches = Batches()
+    return train(make, keras.Model, callbacks=[batches], jit_compile=False, **options), batches
+
+
 def assert_same_logs(make, mode, ignoring=(), **options):
     """tfloop logs what Keras logs (in whatever order), to 1e-5."""
-    theirs = train(make, keras.Model, **options, jit_compile=False)
+    theirs, _ = trained_by_keras(make, **options)
     ours = train(make, tfloop.Model, **options, **mode)
     assert {n for n in ours if n.removeprefix("val_") not in ignoring} == set(theirs)
     for name, values in theirs.items():
@@ -293,7 +302,7 @@ def own_losses(base, **options):
 @some_modes
 def test_the_documented_compute_loss(mode):
     """`loss` stays the loss, weighted by the batches' sizes; the tracker, which weighs them alike, stands beside it."""
-    theirs, ours = train(own_losses, keras.Model, jit_compile=False), train(own_losses, tfloop.Model, **mode)
+    (theirs, _), ours = trained_by_keras(own_losses), train(own_losses, tfloop.Model, **mode)
     assert list(theirs) == ["loss"] and list(ours) == ["loss", "mine/loss"]
     assert ours["mine/loss"] == pytest.approx(theirs["loss"], rel=1e-5)
     assert ours["loss"] != pytest.approx(theirs["loss"], rel=1e-5)
@@ -360,8 +369,7 @@ def raw(base, **options):
 
 @every_mode
 def test_raw_values_are_averaged_over_the_epoch_and_results_are_not(mode):
-    batches = Batches()
-    theirs = train(raw, keras.Model, callbacks=[batches], jit_compile=False, epochs=1)
+    theirs, batches = trained_by_keras(raw, epochs=1)
     ours = train(raw, tfloop.Model, **mode, epochs=1)
     expected = {"raw_loss": batches.mean("raw_loss"), "number": 2.0, "tracked": theirs["tracked"][0]}
     expected |= {"a": batches.mean("a"), "b": batches.mean("b"), "vector": X.mean()}
@@ -369,8 +377,7 @@ def test_raw_values_are_averaged_over_the_epoch_and_results_are_not(mode):
 
 
 def test_batch_logs_of_raw_values_are_running_averages():
-    theirs, ours = Batches(), Batches()
-    train(raw, keras.Model, callbacks=[theirs], epochs=1, jit_compile=False)
+    (_, theirs), ours = trained_by_keras(raw, epochs=1), Batches()
     train(raw, tfloop.Model, callbacks=[ours], epochs=1)
     values = [logs["raw_loss"] for logs in theirs.logs]
     running = [np.average(values[:n], weights=SIZES[:n]) for n in (1, 2, 3)]
