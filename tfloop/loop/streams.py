@@ -59,7 +59,7 @@ class DatasetSource:
             self._first = [next(self._iterator)]
         if blocks:
             return block_of(self._first * count, min(capacity, block_capacity(spec_of(self._first[0]))), self.spec)
-        return Feed("iterator", (iter(again_and_again(self._first[0], self.spec)),), count, self.spec, most=capacity)
+        return repeated(self._first[0], count, self.spec, capacity)
 
     def skip_epochs(self, count):
         """As if so many epochs had been read before, by a process that this one follows."""
@@ -90,13 +90,15 @@ class _DatasetFeeder:
         if self.ended or self._left == 0:
             return None
         if self._first:
-            self._left = None if self._left is None else self._left - 1
-            return block_of([self._first.pop()], 1, self._source.spec)
+            feed = repeated(self._first.pop(), 1, self._source.spec, self._capacity)
+            if feed.kind == "batch" and self._left is not None:
+                self._left -= 1
+            return feed
         count = min(limit, self._capacity, limit if self._left is None else self._left)
         return Feed("iterator", (self._iterator,), count, self._source.spec, most=self._capacity)
 
     def took(self, count, asked):
-        """The loop says how many of the batches that it asked for were there."""
+        """The loop says how many of the batches of an iterator that it asked for were there."""
         if self._left is not None:
             self._left -= count
         if count < asked:
@@ -109,14 +111,18 @@ class _DatasetFeeder:
         pass
 
 
-def again_and_again(batch, spec):
-    """A dataset of one batch, without end, whose element spec is `spec`, so that no program is traced for it alone."""
+def repeated(batch, count, spec, capacity):
+    """A feed that streams one batch `count` times, with element spec `spec`, so that no program is traced for it."""
 
+    @tf.autograph.experimental.do_not_convert
     def widened(*leaves):
         known = [tf.compat.v1.placeholder_with_default(x, s.shape) for x, s in zip(leaves, flat(spec), strict=True)]
         return packed(spec, known)
 
-    return tf.data.Dataset.from_tensors(tuple(flat(batch))).map(widened).repeat()
+    if not is_dense(batch):
+        return Feed("batch", flat(batch), 1, spec)
+    dataset = tf.data.Dataset.from_tensors(tuple(flat(batch))).map(widened).repeat()
+    return Feed("iterator", (iter(dataset),), count, spec, most=capacity)
 
 
 def block_of(batches, capacity, spec):
