@@ -106,6 +106,15 @@ def test_the_documented_step_with_a_loop_over_metrics(mode):
     assert_same_logs(documented, mode, validate=True, ignoring=("compiled_loss", "other_losses"))
 
 
+def test_batch_logs_of_the_documented_step_are_those_of_keras():
+    """A callback that looks at every batch does not move the compiled loss tracker, which the step updates."""
+    (_, theirs), ours = trained_by_keras(documented, validate=True), Batches()
+    train(documented, tfloop.Model, callbacks=[ours])
+    assert len(ours.logs) == len(theirs.logs) == 6
+    for one, other in zip(ours.logs, theirs.logs, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
 def lower_level(base, **options):
     """The same guide, "Going lower-level": trackers, a metrics property, sample weights, a test step."""
 
@@ -338,6 +347,57 @@ def own_metrics(base, **options):
 @some_modes
 def test_the_documented_compute_metrics(mode):
     assert_same_logs(own_metrics, mode, validate=True)
+
+
+def extended(base, **options):
+    class Extended(base):
+        def train_step(self, data):
+            return {**super().train_step(data), "extra": 2.0}
+
+        def test_step(self, data):
+            return {**super().test_step(data), "extra": 3.0}
+
+    inputs = keras.Input((3,))
+    model = Extended(inputs, layers.Dense(1, kernel_regularizer="l2")(inputs))
+    model.compile("sgd", "mse", metrics=["mae"], **options)
+    return model
+
+
+@some_modes
+def test_a_step_that_adds_to_what_the_model_s_own_returns(mode):
+    assert_same_logs(extended, mode, validate=True, ignoring=("compiled_loss", "other_losses"))
+
+
+def as_function(base, **options):
+    class Function(base):
+        @tf.function
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = ops.mean((self(x, training=True) - y) ** 2)
+            self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+            if loss > 5:  # what autograph is for
+                loss = 2 * loss
+            self.tracker.update_state(loss)
+            return {"loss": self.tracker.result()}
+
+        @property
+        def metrics(self):
+            return [self.tracker]
+
+    inputs = keras.Input((3,))
+    model = Function(inputs, layers.Dense(1, name="dense")(inputs))
+    model.tracker = keras.metrics.Mean(name="loss")
+    model.compile("sgd", **options)
+    return model
+
+
+@some_modes
+def test_a_step_that_is_a_tf_function_is_a_part_of_the_step_around_it(mode):
+    assert_same_logs(as_function, mode)
+    model = as_function(tfloop.Model, **mode)
+    model.watch("gradients/dense/kernel", "norm")
+    assert "gradients/dense/kernel/norm" in model.fit(X, Y, batch_size=4, verbose=0).history
 
 
 # Raw values.

@@ -4,6 +4,8 @@ One training step, in the order in which things happen: forward pass, losses, gr
 """
 
 import contextlib
+import functools
+import inspect
 import math
 import warnings
 
@@ -352,7 +354,7 @@ class Model(Adding, keras.Model):
         step = ModelStep(self, kind, data, self._updates.read_value(), accumulation)
         with running(step), self._trainable_as_compiled():
             with step.hearing():
-                returned = getattr(self, f"{kind}_step")(data)
+                returned = step_function(self, f"{kind}_step")(data)
             if kind == "predict":
                 return returned
             applied.extend(step.applied)
@@ -707,6 +709,15 @@ class FunctionalModel(Model, _keras.Functional):
 
 
 keras.saving.register_keras_serializable("tfloop", "Model")(FunctionalModel)
+
+
+def step_function(model, name):
+    """The model's `train_step` or its like. What is a `tf.function` becomes a part of the step around it, which could
+    not tell the results of metrics that come out of a graph of its own."""
+    declared = inspect.getattr_static(type(model), name)
+    if not isinstance(declared, tf.types.experimental.GenericFunction):
+        return getattr(model, name)
+    return functools.partial(tf.autograph.to_graph(declared.python_function), model)
 
 
 def callback_objects(callbacks):
