@@ -78,6 +78,14 @@ def state_variables(model):
     return state.named
 
 
+def unbuilt_optimizers(model):
+    """Names of optimizers that have no slots yet: a `train_step` of one's own builds them when it first runs."""
+    found = [
+        (names.join(path, n), o) for path, y in _layers(model) for n, o in _attributes(y, keras.optimizers.Optimizer)
+    ]
+    return [name for name, optimizer in found if not optimizer.built]
+
+
 def weights(model):
     """`name -> variable` for the weights alone, named as among the `state_variables`."""
     return _weights(_layers(model)).named

@@ -78,3 +78,15 @@ def test_without_a_workdir_every_run_has_a_new_folder(tmp_path):
         heard = classifier(tmp_path / "x", "--workdir=", "--epochs=1", "--overfit_one_batch", "--log=")
         assert f"Run folder: runs/classifier/{number}" in heard
     assert sorted(os.listdir(tmp_path / "runs" / "classifier")) == ["1", "2"]
+
+
+def test_the_readmes_own_binary_runs(tmp_path):
+    section = (REPOSITORY / "README.md").read_text().split("## Training binaries")[1]
+    code = section.split("```python no-run\n")[1].split("```")[0]
+    assert len(code.splitlines()) < 30
+    (tmp_path / "own.py").write_text(code)
+    command = [sys.executable, "own.py", "--epochs=2", "--units=4", "--watch=hidden=rms", "--accumulate=2"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=180)
+    assert done.returncode == 0 and "Trained in" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "runs" / "own" / "1" / "summary.json").read_text())["steps"] == 14

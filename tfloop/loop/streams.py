@@ -8,6 +8,7 @@ import itertools
 import queue
 import threading
 import warnings
+import weakref
 
 import numpy as np
 import tensorflow as tf
@@ -299,6 +300,12 @@ def warn_ran_out(source):
     )
 
 
+def end_thread(closed, thread):
+    """Ends a thread before the interpreter does: one that is within TensorFlow then can hang the process."""
+    closed.set()
+    thread.join(1.0)
+
+
 class ReadAhead:
     """Iterates in a thread, at most `ahead` items in front; an error comes out at its own place."""
 
@@ -310,6 +317,7 @@ class ReadAhead:
         self._done = False
         self._thread = threading.Thread(target=self._read, args=(iterable,), daemon=True)
         self._thread.start()
+        weakref.finalize(self, end_thread, self._closed, self._thread)  # at exit: see there
 
     def _read(self, iterable):
         try:

@@ -185,6 +185,8 @@ def adapt(model):
         raise Refused("The model is not compiled: call model.compile(optimizer=..., loss=...) before `train`.")
     if FLAGS["jit"].present:
         model._choices["jit_compile"] = JIT[FLAGS.jit]
+    if FLAGS["accumulate"].present:
+        model._choices["accumulate"] = FLAGS.accumulate
     for watch in FLAGS.watch:
         with named(watch, "watch"):
             model.watch(watch.pattern, watch.statistic)

@@ -53,6 +53,7 @@ class Session(Observer):
         loop.measure_each_step()
         self._others = [c for c in callbacks if c is not self]
         model, run = self.model, self._run
+        make_state(model, loop, source)
         self._variables = {**reproducibility.state_variables(model), **reproducibility.metric_variables(model)}
         self._all = {**self._variables, **reproducibility.process_variables()}
         self._read = reproducibility.Reader(self._variables)
@@ -322,6 +323,17 @@ def keep_by(model, halts, variables):
         model.__dict__["_keeper_for"] = wanted
     if model._keeper is not None:
         model._keeper.begin()
+
+
+def make_state(model, loop, source):
+    """Makes the state that the user's own `train_step` would make: an optimizer's moments, to be saved and restored."""
+    if reproducibility.unbuilt_optimizers(model):
+        check_watches(loop, source)  # for its trace
+    if left := reproducibility.unbuilt_optimizers(model):
+        logging.warning(
+            "Not built before the first step, so not saved: %s. Build it in __init__: optimizer.build(variables).",
+            ", ".join(left),
+        )
 
 
 def check_watches(loop, source):
