@@ -297,6 +297,9 @@ def test_a_subclass_that_makes_its_own_graph(tmp_path):
     history = fit(model)
     assert list(history) == ["loss", "compiled_loss", "size", "mean"]
     assert evaluate(reloaded(model, tmp_path)) == pytest.approx(evaluate(model), rel=1e-6)
+    assert evaluate(from_config(model, tmp_path))["mean"] == pytest.approx(evaluate(model)["mean"], rel=1e-6)
+    with pytest.raises(ValueError, match="from_config"):
+        keras.models.clone_model(model)
 
 
 def test_a_functional_subclass_with_a_step_of_its_own(tmp_path):

@@ -625,6 +625,12 @@ class FunctionalModel(Model, _keras.Functional):
         """Rebuilds the larger graph, with the terms, when `keras.models.clone_model` asks for a copy of this one."""
         if not _keras.is_cloning(operation_fn):
             return super()._run_through_graph(inputs, operation_fn=operation_fn, call_fn=call_fn)
+        if _keras.makes_its_own_graph(self):
+            raise ValueError(
+                f"clone_model: the constructor of {type(self).__name__} takes no inputs and outputs, and Keras would "
+                "make a plain keras.Model without losses and metrics of it. Make another one by its constructor, or by "
+                f"{type(self).__name__}.from_config(model.get_config()), and copy the weights."
+            )
         graph = self._with_terms if self._symbolic else self
         values = _keras.Functional._run_through_graph(graph, inputs, operation_fn=operation_fn, call_fn=call_fn)
         outputs, *values = values if self._symbolic else [values]
