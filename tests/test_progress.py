@@ -436,7 +436,8 @@ def test_a_terminal_gets_a_live_bar_that_never_wraps(width):
     assert "printed meanwhile" in lines and "after" in lines
     assert sum("val_loss: 0.2500" in line for line in lines) == 1
     assert re.search(COLOUR, output)
-    assert errors.endswith("to the error file\n")  # after what TensorFlow says when it is imported  # a redirected file stays where it was sent
+    # A redirected file stays where it was sent. TensorFlow writes to it, too, when it is imported.
+    assert errors.endswith("to the error file\n")
 
 
 def test_no_color_is_respected():
