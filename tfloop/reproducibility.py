@@ -123,20 +123,17 @@ def process_variables(create=False):
 
 
 def random_state():
-    """The states of Python's and NumPy's global random numbers, as JSON can hold them."""
+    """The states of Python's and NumPy's global random numbers: plain values and arrays of uint32."""
     version, numbers, gauss = random.getstate()
     generator: Any = np.random.get_state(legacy=False)
-    twister = {name: np.asarray(value).tolist() for name, value in generator["state"].items()}
-    return {"python": [version, list(numbers), gauss], "numpy": generator | {"state": twister}}
+    return {"python": {"version": version, "numbers": np.array(numbers, np.uint32), "gauss": gauss}, "numpy": generator}
 
 
 def set_random_state(state):
     """Sets what `random_state` returned."""
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    twister = state["numpy"]["state"]
-    key = np.array(twister["key"], np.uint32)
-    np.random.set_state(state["numpy"] | {"state": twister | {"key": key}})
+    python = state["python"]
+    random.setstate((python["version"], tuple(python["numbers"].tolist()), python["gauss"]))
+    np.random.set_state(state["numpy"])
 
 
 # What they hold

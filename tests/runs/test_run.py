@@ -1,6 +1,7 @@
 """`tfloop.Run` in code: history, callbacks, data of every kind, what is not finite, and what it refuses."""
 
 import json
+import time
 
 import keras
 import numpy as np
@@ -11,7 +12,7 @@ from keras import layers
 import tfloop
 from tfloop import reproducibility
 from tfloop.loop.observer import Observer
-from tfloop.runs import rehearsal, sentry
+from tfloop.runs import checkpoint_file, rehearsal, sentry
 from tfloop.runs.errors import ConfigError, LockedError
 from tfloop.runs.guard import SpikeRule
 
@@ -156,7 +157,7 @@ def test_every_source_goes_on_where_it_was(tmp_path, data, arguments, capsys):
     assert ("counted through" in capsys.readouterr().err) == (y is None)
 
 
-def test_an_error_in_the_step_leaves_the_state_before_it(tmp_path):
+def test_an_error_in_the_step_leaves_a_state_to_go_on_from(tmp_path):
     def explode(y, y_pred):
         return keras.ops.mean((y - y_pred) ** 2) + 0 * tf.gather(
             tf.zeros(3), tf.cast(y_pred[0, 0] * 0 + LIMIT[0], tf.int32)
@@ -169,11 +170,14 @@ def test_an_error_in_the_step_leaves_the_state_before_it(tmp_path):
         made.compile("adam", explode, jit_compile=False)
         return made
 
+    _, whole, _ = fit(tmp_path / "whole", 4, make=make)
     blow = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: LIMIT.assign([5.0 * (epoch == 2)]))
     with pytest.raises(tf.errors.InvalidArgumentError):
-        fit(tmp_path, 4, make=make, callbacks=[blow])
-    run, _, _ = fit(tmp_path, 2, make=make)
-    assert run.was_finished and run.steps == 6
+        fit(tmp_path / "run", 4, make=make, callbacks=[blow])
+    LIMIT.assign([0.0])
+    _, made, _ = fit(tmp_path / "run", 4, make=make)
+    assert tfloop.fingerprint(made) == tfloop.fingerprint(whole)
+    assert rows(tmp_path / "run", "train") == rows(tmp_path / "whole", "train")
 
 
 # Not finite
@@ -293,3 +297,24 @@ def test_an_observer_that_does_nothing_changes_nothing():
         made.fit(X, Y, epochs=2, verbose=0, callbacks=callbacks)
         results.append(reproducibility.fingerprint(made))
     assert results[0] == results[1]
+
+
+# Checkpoints
+
+
+def test_the_best_epoch_is_kept_with_its_own_weights(tmp_path):
+    run, made, history = fit(tmp_path, 6, make=lambda: model(1.5), run={"keep": 1, "best": "loss"})
+    losses = history.history["loss"]
+    best = int(np.argmin(losses))
+    found = sorted((tmp_path / "checkpoints").glob("step-*"))
+    assert {int(path.name[5:]) for path in found} == {3 * (best + 1), run.steps}
+    plain = model()
+    tfloop.average(plain, [found[0]])
+    assert tfloop.fingerprint(plain) != tfloop.fingerprint(made) or best == 5
+
+
+def test_slow_disks_do_not_hold_up_the_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_file.os, "fsync", lambda descriptor: time.sleep(0.3))
+    began = time.monotonic()
+    fit(tmp_path, 30, run={"checkpoint_every": 1})
+    assert time.monotonic() - began < 30  # 90 saves of 1.5 s or more

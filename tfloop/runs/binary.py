@@ -34,7 +34,7 @@ from absl import flags as absl_flags
 from tfloop import reproducibility, weights
 from tfloop.model import Model
 from tfloop.runs import flags, rehearsal, workdir
-from tfloop.runs.errors import Refused
+from tfloop.runs.errors import CheckpointError, Refused
 from tfloop.runs.run import Run
 from tfloop.runs.sentry import NonFiniteError
 
@@ -242,7 +242,7 @@ def refusing():
     """Within the block what is refused, or stopped by the guard, ends the process with what it says, no traceback."""
     try:
         yield
-    except (Refused, NonFiniteError) as error:
+    except (Refused, NonFiniteError, CheckpointError) as error:
         print(error, file=sys.stderr, flush=True)
         sys.exit(getattr(error, "exit_status", 1))
     except KeyboardInterrupt:

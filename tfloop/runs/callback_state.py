@@ -22,7 +22,7 @@ def get_states(callbacks):
     states, tensors = [], {}
     for index, callback in enumerate(callbacks):
         state = _get(callback)
-        states.append({"class": type(callback).__name__, "state": _take_out(state, f"callbacks/{index}", tensors)})
+        states.append({"class": type(callback).__name__, "state": take_out(state, f"callbacks/{index}", tensors)})
     return states, tensors
 
 
@@ -34,7 +34,7 @@ def set_states(callbacks, states, tensors):
         place = next((i for i, saved in enumerate(states) if saved["class"] == name), None)
         saved = states.pop(place)["state"] if place is not None else None
         if saved is not None:
-            _set(callback, _put_back(saved, tensors))
+            _set(callback, put_back(saved, tensors))
         elif _keeps_something(callback):
             anew.append(name)
     return anew
@@ -64,21 +64,22 @@ def _keeps_something(callback):
     return not isinstance(callback, _STATELESS) and bool(vars(callback).keys() - inherited)
 
 
-def _take_out(value, path, tensors):
+def take_out(value, path, tensors):
     """`value` with `{"tensor": name}` in the place of every array."""
     if isinstance(value, dict):
-        return {key: _take_out(item, f"{path}/{key}", tensors) for key, item in value.items()}
+        return {key: take_out(item, f"{path}/{key}", tensors) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_take_out(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+        return [take_out(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
     if isinstance(value, np.ndarray) and value.ndim:
         tensors[path] = value
         return {"tensor": path}
     return value.item() if hasattr(value, "item") else value
 
 
-def _put_back(value, tensors):
+def put_back(value, tensors):
+    """What `take_out` was given."""
     if isinstance(value, dict):
         if set(value) == {"tensor"}:
             return tensors[value["tensor"]]
-        return {key: _put_back(item, tensors) for key, item in value.items()}
-    return [_put_back(item, tensors) for item in value] if isinstance(value, list) else value
+        return {key: put_back(item, tensors) for key, item in value.items()}
+    return [put_back(item, tensors) for item in value] if isinstance(value, list) else value

@@ -39,6 +39,7 @@ class Session(Observer):
         self._copy = None  # of the state, for an error in a chunk: see `_State`
         self._copied_at, self._copy_seconds = 0.0, 0.0
         self._saved = None  # where the last save was made
+        self._owed = False  # whether one is due
         self._saved_at = self._began = time.monotonic()
         self._seconds_before = 0.0
         self._profile = Profile(run.profile)
@@ -133,9 +134,9 @@ class Session(Observer):
 
     def _restore(self):
         manifest, tensors = self._restored.manifest, self._restored.tensors
-        process = reproducibility.process_variables(create=any(n.startswith("process/") for n in tensors))
+        process = reproducibility.process_variables(create="process/seed_generator" in tensors)
         reproducibility.assign({**self._variables, **process}, tensors)
-        reproducibility.set_random_state(manifest["random"])
+        reproducibility.set_random_state(callback_state.put_back(manifest["random"], tensors))
         anew = callback_state.set_states(self._others, manifest["callbacks"], tensors)
         if anew:
             logging.warning("These callbacks have no get_state/set_state and begin anew: %s", ", ".join(anew))
@@ -188,7 +189,8 @@ class Session(Observer):
         self._sentry.act()
         if self._stop.signal is not None:
             self._stop.end()
-        if self._is_due() and self._saved != self._here():
+        self._owed = self._owed or self._is_due()
+        if self._owed and not self._checkpoints.busy:  # a disk that is slower than asked for does not hold up steps
             self.save()
         elif time.monotonic() - self._copied_at > self._copy_seconds / SHARE_OF_COPIES:
             self._copy_state()
@@ -196,15 +198,16 @@ class Session(Observer):
     def _is_due(self):
         every = self._run.every
         if every.steps is not None:
-            return self.updates % every.steps == 0
-        due = every.seconds is not None and time.monotonic() - self._saved_at >= every.seconds
-        return due and not self._checkpoints.busy
+            return self.updates % every.steps == 0 and self._saved != self._here()
+        return every.seconds is not None and time.monotonic() - self._saved_at >= every.seconds
 
     def on_epoch(self, epoch, logs):
         self._writer.scalars("epoch", self.updates, epoch, logs)
         self._logs = logs
         if self._run.every == (None, None):
-            self.save()
+            self._owed = True
+        if self._owed and (self._run.best or not self._checkpoints.busy):
+            self.save()  # the best one must be that of the epoch's end, however long it takes
         if self._stop.signal is not None:
             self._stop.end()
 
@@ -221,7 +224,7 @@ class Session(Observer):
             "stop_training": bool(self.model.stop_training),
             "callbacks": states,
             "sentry": self._sentry.get_state(),
-            "random": reproducibility.random_state(),
+            "random": callback_state.take_out(reproducibility.random_state(), "process/random", tensors),
             "seconds": self._seconds(),
         }
         process = reproducibility.snapshot(reproducibility.process_variables())
@@ -237,10 +240,11 @@ class Session(Observer):
         """Saves the state as it is now, or a copy, on a thread."""
         where, tensors, manifest = self._copy = state or self._state()
         self._copied_at = time.monotonic()
-        scores = {n: float(v) for n, v in (self._logs or {}).items() if isinstance(v, int | float)}
+        logs = self._logs if self._logs and manifest["batch"] == 0 else {}  # they are those of an epoch's end
+        scores = {n: float(v) for n, v in logs.items() if isinstance(v, int | float)}
         flush = self._writer.flush
         self._checkpoints.save(where[0], tensors, manifest, scores, before_commit=flush, wait=wait, copy=False)
-        self._saved_at, self._saved = time.monotonic(), where
+        self._saved_at, self._saved, self._owed = time.monotonic(), where, False
 
     def _here(self):
         return self.updates, self._loop.position.epoch, self._loop.position.batch
