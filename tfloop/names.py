@@ -6,7 +6,9 @@ Sequential ones. A weight is named by its layer's path with the variable's name 
 (`encoder/attention/kernel`). A layer that can be reached in several ways has the first name found.
 """
 
+import contextlib
 import difflib
+import threading
 
 import keras
 
@@ -51,8 +53,35 @@ def graph_operations(layer):
     return []
 
 
+@contextlib.contextmanager
+def unchanging():
+    """While this is open, in this thread, nothing is added to or taken from models: each is walked over once."""
+    before = _walks()
+    _local.walks = {} if before is None else before
+    try:
+        yield
+    finally:
+        _local.walks = before
+
+
+def _walks():
+    return getattr(_local, "walks", None)
+
+
+_local = threading.local()
+
+
 def walk(model):
     """Yields `(path, operation)` for the model (path `""`) and everything below, owners first."""
+    known = _walks()
+    if known is None:
+        return _walk(model)
+    if id(model) not in known:
+        known[id(model)] = model, list(_walk(model))
+    return iter(known[id(model)][1])
+
+
+def _walk(model):
     seen = {id(model)}
 
     def below(path, layer):

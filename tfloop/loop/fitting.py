@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfloop import names
 from tfloop.loop import source as sources
 from tfloop.loop import tuner
 from tfloop.loop.accumulation import accumulated
@@ -96,25 +97,27 @@ class Loop:
         hooks.on_train_begin()
         initial_epoch = self._steps.initial_epoch(initial_epoch)
         at = self.position = observer.start(Position(initial_epoch))
-        for epoch in range(at.epoch, epochs):
-            if model.stop_training:
-                break
-            if epoch != at.epoch:
-                at = self.position = Position(epoch)
-            self._steps.reset_metrics()
-            hooks.on_epoch_begin(epoch)
-            observer.enter(at)
-            with Progress(source.steps, True, at.batch, epoch=epoch, epochs=epochs, verbose=verbose) as bar:
-                bar.update(at.batch, at.aggregate.values(), finalize=False)
-                logs = self._train_epoch(engine, source, at, pace, hooks, bar)
-                if validation is not None and is_due(epoch, validation_freq):
-                    with self._steps.for_validation():
-                        found = self._test(validation, hooks, nested(verbose), title="validation", transient=True)
-                    logs = {**logs, **{f"val_{name}": value for name, value in found.items()}}
-                hooks.on_epoch_end(epoch, logs)
-                bar.finish(logs)
-            self.position = Position(epoch + 1)
-            observer.on_epoch(epoch, logs)
+        with contextlib.ExitStack() as stack:
+            for epoch in range(at.epoch, epochs):
+                if model.stop_training:
+                    break
+                if epoch != at.epoch:
+                    at = self.position = Position(epoch)
+                    stack.enter_context(names.unchanging())  # the first epoch may still make layers
+                self._steps.reset_metrics()
+                hooks.on_epoch_begin(epoch)
+                observer.enter(at)
+                with Progress(source.steps, True, at.batch, epoch=epoch, epochs=epochs, verbose=verbose) as bar:
+                    bar.update(at.batch, at.aggregate.values(), finalize=False)
+                    logs = self._train_epoch(engine, source, at, pace, hooks, bar)
+                    if validation is not None and is_due(epoch, validation_freq):
+                        with self._steps.for_validation():
+                            found = self._test(validation, hooks, nested(verbose), title="validation", transient=True)
+                        logs = {**logs, **{f"val_{name}": value for name, value in found.items()}}
+                    hooks.on_epoch_end(epoch, logs)
+                    bar.finish(logs)
+                self.position = Position(epoch + 1)
+                observer.on_epoch(epoch, logs)
         self._steps.finish()
         hooks.on_train_end(logs)
         return model.history
