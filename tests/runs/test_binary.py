@@ -75,9 +75,14 @@ def test_rehearsals_write_nothing(tmp_path):
 
 def test_without_a_workdir_every_run_has_a_new_folder(tmp_path):
     for number in (1, 2):
-        heard = classifier(tmp_path / "x", "--workdir=", "--epochs=1", "--overfit_one_batch", "--log=")
+        heard = classifier(
+            tmp_path / "x", "--workdir=", "--epochs=1", "--overfit_one_batch", "--deterministic", "--log="
+        )
         assert f"Run folder: runs/classifier/{number}" in heard
-    assert sorted(os.listdir(tmp_path / "runs" / "classifier")) == ["1", "2"]
+    folders = sorted((tmp_path / "runs" / "classifier").iterdir())
+    assert [folder.name for folder in folders] == ["1", "2"]
+    first, second = (json.loads((folder / "summary.json").read_text()) for folder in folders)
+    assert first["fingerprint"] == second["fingerprint"]  # deterministic
 
 
 def test_the_readmes_own_binary_runs(tmp_path):

@@ -13,7 +13,7 @@ import tfloop
 from tfloop import reproducibility
 from tfloop.loop.observer import Observer
 from tfloop.runs import checkpoint_file, rehearsal, sentry
-from tfloop.runs.errors import ConfigError, LockedError
+from tfloop.runs.errors import CheckpointMismatch, ConfigError, LockedError
 from tfloop.runs.guard import SpikeRule
 
 X = np.random.default_rng(0).normal(size=(40, 4)).astype("float32")
@@ -266,6 +266,21 @@ def test_a_keras_model_is_refused_with_the_mend(tmp_path):
         tfloop.Run(tmp_path).fit(keras.Sequential([layers.Dense(1)]), X, Y)
 
 
+def test_another_model_is_refused_or_taken_in_part(tmp_path):
+    def larger():
+        inputs = keras.Input((4,))
+        hidden = layers.Dense(8, activation="relu", name="hidden")(inputs)
+        made = tfloop.Model(inputs, layers.Dense(1, name="out")(layers.Dense(3, name="new")(hidden)))
+        made.compile("adam", "mse", jit_compile=False)
+        return made
+
+    _, first, _ = fit(tmp_path, 1)
+    with pytest.raises(CheckpointMismatch, match="'new/kernel'"):
+        fit(tmp_path, 2, make=larger)
+    _, second, _ = fit(tmp_path, 1, make=larger, run={"resume": "partial"})
+    assert np.array_equal(first.get_layer("hidden").kernel, second.get_layer("hidden").kernel)
+
+
 # Rehearsals
 
 
@@ -311,6 +326,12 @@ def test_the_best_epoch_is_kept_with_its_own_weights(tmp_path):
     plain = model()
     tfloop.average(plain, [found[0]])
     assert tfloop.fingerprint(plain) != tfloop.fingerprint(made) or best == 5
+
+
+def test_checkpoints_by_seconds_are_within_epochs_too(tmp_path):
+    fit(tmp_path, 3, run={"checkpoint_every": "0.001s", "keep": None}, callbacks=[StopAt(99)])
+    steps = {int(path.name[5:15]) for path in (tmp_path / "checkpoints").glob("step-*")}
+    assert 9 in steps and len(steps) > 1
 
 
 def test_slow_disks_do_not_hold_up_the_steps(tmp_path, monkeypatch):
