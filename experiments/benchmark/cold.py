@@ -1,0 +1,70 @@
+"""python -m experiments.benchmark.cold WHAT BASE [WORKLOAD]: one measurement in a process of its own, as JSON.
+
+WHAT: `import` (seconds to import), `epoch` (seconds of a run of one epoch, everything included), `memory` (peak,
+of training on 400 MB of arrays). BASE: `keras` or `tfloop`.
+"""
+
+import json
+import resource
+import sys
+import time
+
+
+def imported(base):
+    started = time.perf_counter()
+    import keras  # noqa: F401
+
+    between = time.perf_counter()
+    if base == "tfloop":
+        import tfloop  # noqa: F401
+    return {"keras": between - started, "tfloop": time.perf_counter() - between}
+
+
+def epoch(base, name):
+    import keras
+
+    import tfloop
+    from experiments.benchmark.workloads import WORKLOADS
+
+    workload = WORKLOADS[name]
+    data = workload.data()
+
+    started = time.perf_counter()
+    model = workload.build(tfloop.Model if base == "tfloop" else keras.Model)
+    model.compile(**workload.compiled())
+    model.fit(**workload.feed(data), epochs=1, verbose=0)
+    return {"seconds": time.perf_counter() - started}
+
+
+def memory(base):
+    import keras
+    import numpy as np
+    from keras import layers
+
+    import tfloop
+
+    examples = 128_000
+    x = np.random.default_rng(0).normal(size=(examples, 784)).astype("float32")
+    y = np.zeros(examples, "int32")
+    inputs = keras.Input((784,))
+    model = (tfloop.Model if base == "tfloop" else keras.Model)(inputs, layers.Dense(10)(layers.Dense(100)(inputs)))
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(x, y, batch_size=128, epochs=40 if base == "tfloop" else 3, verbose=0, callbacks=[Stop(3)])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"megabytes": peak, "engine": getattr(model, "engine", "")}
+
+
+def Stop(epochs):
+    import keras
+
+    def stop(epoch, logs):
+        callback.model.stop_training = epoch + 1 >= epochs
+
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=stop)
+    return callback
+
+
+if __name__ == "__main__":
+    what, *arguments = sys.argv[1:]
+    measures: dict = {"import": imported, "epoch": epoch, "memory": memory}
+    print(json.dumps(measures[what](*arguments)))
