@@ -4,6 +4,8 @@ This file imports neither TensorFlow nor Keras: the import rule is tested in a s
 """
 
 import os
+import signal
+import threading
 
 import hypothesis
 
@@ -14,3 +16,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # The first example of a property traces a graph: a deadline would fail it for being first.
 hypothesis.settings.register_profile("tfloop", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("tfloop")
+
+
+def pytest_configure(config):
+    # What starts the tests in the background may have Ctrl-C ignored, for them and the processes they start.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
