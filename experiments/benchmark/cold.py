@@ -8,6 +8,7 @@ import json
 import resource
 import sys
 import time
+from typing import Any
 
 
 def imported(base):
@@ -44,17 +45,17 @@ def memory(base):
     import tfloop
 
     examples = 128_000
-    x = np.random.default_rng(0).normal(size=(examples, 784)).astype("float32")
+    x = np.random.default_rng(0).random((examples, 784), "float32")
     y = np.zeros(examples, "int32")
     inputs = keras.Input((784,))
     model = (tfloop.Model if base == "tfloop" else keras.Model)(inputs, layers.Dense(10)(layers.Dense(100)(inputs)))
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    model.fit(x, y, batch_size=128, epochs=40 if base == "tfloop" else 3, verbose=0, callbacks=[Stop(3)])
+    model.fit(x, y, batch_size=128, epochs=100, verbose=0, callbacks=[stopping_after(3)])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"megabytes": peak, "engine": getattr(model, "engine", "")}
 
 
-def Stop(epochs):
+def stopping_after(epochs):
     import keras
 
     def stop(epoch, logs):
@@ -64,7 +65,10 @@ def Stop(epochs):
     return callback
 
 
+def main(what, *arguments):
+    measure: Any = {"import": imported, "epoch": epoch, "memory": memory}[what]
+    print(json.dumps(measure(*arguments)))
+
+
 if __name__ == "__main__":
-    what, *arguments = sys.argv[1:]
-    measures: dict = {"import": imported, "epoch": epoch, "memory": memory}
-    print(json.dumps(measures[what](*arguments)))
+    main(*sys.argv[1:])

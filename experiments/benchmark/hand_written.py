@@ -49,7 +49,7 @@ def order(workload, data):
     return rows[: workload.steps(data) * workload.batch_size].reshape(-1, workload.batch_size)
 
 
-def gathered(model, workload, data, jit_step, jit_loop):
+def gathered(model, workload, data, jit_step=False, jit_loop=False):
     """One call an epoch: the arrays are constants of a program that loops over steps."""
     step = tf.function(step_of(model, workload), jit_compile=True) if jit_step else step_of(model, workload)
     arrays = [tf.constant(part) for part in data]
@@ -144,9 +144,9 @@ def chunk_of(workload, data):
 
 
 LOOPS = {
-    "graph": functools.partial(gathered, jit_step=False, jit_loop=False),
-    "jit": functools.partial(gathered, jit_step=True, jit_loop=False),
-    "scan": functools.partial(gathered, jit_step=False, jit_loop=True),
+    "graph": gathered,
+    "jit": functools.partial(gathered, jit_step=True),
+    "scan": functools.partial(gathered, jit_loop=True),
     "unrolled": unrolled,
     "streamed": streamed,
     "stacked_dataset": stacked_dataset,
