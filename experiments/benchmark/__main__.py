@@ -6,7 +6,7 @@ import pathlib
 import keras
 from absl import app, flags
 
-from experiments.benchmark import extras, report
+from experiments.benchmark import costs, extras, report
 from experiments.benchmark.rivals import interleaved, rivals
 from experiments.benchmark.workloads import WORKLOADS
 
@@ -50,6 +50,9 @@ def measured_extras():
     rounds = FLAGS.rounds
     more = {"watched": extras.watched(rounds)}
     print(report.listing("Watched scalars", more["watched"], "ms a step", 1e3), flush=True)
+    for name, measure in (("A run on disk", costs.runs), ("Spectral norm", costs.spectral)):
+        more[name] = measure(max(1, rounds // 3))
+        print(report.listing(name, more[name], "ms a step", 1e3), flush=True)
     more["starts"] = extras.starts()
     print(report.listing("In a process of their own", more["starts"], "s"), flush=True)
     more["memory"] = extras.memory()
