@@ -54,7 +54,7 @@ class ArraySource:
     def tensors(self):
         """The arrays as tensors that stay where the steps run."""
         if self._tensors is None:
-            self._tensors = [tf.convert_to_tensor(a, dtype_of(a)) for a in self.arrays]
+            self._tensors = [resident(a) for a in self.arrays]
         return self._tensors
 
     def order(self, epoch):
@@ -188,6 +188,15 @@ class GatheringFeeder:
 
     def close(self):
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def resident(array):
+    """A tensor with what an array holds now. Copied once, where `tf.convert_to_tensor` has two copies for a while."""
+    if not can_gather([array]):
+        return tf.convert_to_tensor(array)
+    made = empty(array.shape, dtype_of(array))
+    made[...] = array
+    return as_tensor(made)
 
 
 def filled_up(array, capacity):
