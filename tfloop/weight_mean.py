@@ -34,8 +34,8 @@ def average(model, sources):
 
     ```python
     a, b = (keras.Sequential([keras.Input((3,)), layers.Dense(2)]) for _ in range(2))
-    a.save_weights("/tmp/a.weights.h5")
-    tfloop.average(b, ["/tmp/a.weights.h5", b])
+    a.save_weights("a.weights.h5")
+    tfloop.average(b, ["a.weights.h5", b])
     ```
     """
     if isinstance(sources, str | pathlib.PurePath | keras.Model):
