@@ -190,3 +190,11 @@ def test_a_generator_whose_batches_vary(engine):
     model = fresh(**ENGINES[engine])
     model.fit(batches(), steps_per_epoch=6, verbose=0, callbacks=[chunks])
     assert np.concatenate([r.rows[:, 0] for r in chunks.records]).tolist() == sizes
+
+
+def test_a_thread_ends_with_its_reader():
+    stream = streams.ReadAhead(iter(int, 1), 4)  # endless
+    assert next(stream) == 0
+    threads = threading.active_count()
+    del stream
+    assert threading.active_count() == threads - 1

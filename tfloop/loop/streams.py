@@ -300,43 +300,51 @@ def warn_ran_out(source):
     )
 
 
+END = object()
+
+
+def read(iterable, queued, closed):
+    """Puts `(item, None)` for each item into a queue, and at the end `(END, None)` or `(None, error)`.
+
+    No method of `ReadAhead`: the thread would keep it alive.
+    """
+
+    def put(entry):
+        while not closed.is_set():
+            try:
+                queued.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    try:
+        for item in iterable:
+            if not put((item, None)):
+                return
+    except BaseException as error:
+        put((None, error))
+    else:
+        put((END, None))
+
+
 def end_thread(closed, thread):
     """Ends a thread before the interpreter does: one that is within TensorFlow then can hang the process."""
     closed.set()
-    thread.join(1.0)
+    if thread is not threading.current_thread():
+        thread.join(1.0)
 
 
 class ReadAhead:
     """Iterates in a thread, at most `ahead` items in front; an error comes out at its own place."""
 
-    _END = object()
-
     def __init__(self, iterable, ahead):
         self._queue = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
         self._done = False
-        self._thread = threading.Thread(target=self._read, args=(iterable,), daemon=True)
-        self._thread.start()
-        weakref.finalize(self, end_thread, self._closed, self._thread)  # at exit: see there
-
-    def _read(self, iterable):
-        try:
-            for item in iterable:
-                if not self._put((item, None)):
-                    return
-        except BaseException as error:
-            self._put((None, error))
-        else:
-            self._put((self._END, None))
-
-    def _put(self, entry):
-        while not self._closed.is_set():
-            try:
-                self._queue.put(entry, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+        thread = threading.Thread(target=read, args=(iterable, self._queue, self._closed), daemon=True)
+        thread.start()
+        weakref.finalize(self, end_thread, self._closed, thread)  # when nobody reads on, and at exit
 
     def __iter__(self):
         return self
@@ -348,7 +356,7 @@ class ReadAhead:
         if error is not None:
             self._done = True
             raise error
-        if item is self._END:
+        if item is END:
             self._done = True
             raise StopIteration
         return item
