@@ -2,7 +2,6 @@
 
 import functools
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -14,7 +13,7 @@ def step_of(model, workload):
     compiled = workload.compiled()
     if compiled["loss"] is None:  # a GAN has its own
         return lambda *batch: model.train_step(batch)["d_loss"]
-    optimizer, loss = compiled["optimizer"], keras.losses.get(compiled["loss"])
+    optimizer, loss = compiled["optimizer"], compiled["loss"]
     optimizer.build(model.trainable_variables)
     variables = model.trainable_variables
 

@@ -283,7 +283,7 @@ WORKLOADS = {
             vae,
             lambda: (normal(6400, 784), normal(6400, 784)),
             128,
-            lambda: {"optimizer": keras.optimizers.Adam(), "loss": "mse"},
+            lambda: {"optimizer": keras.optimizers.Adam(), "loss": keras.losses.MeanSquaredError()},
             0.70,
         ),
         Workload(
