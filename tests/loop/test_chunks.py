@@ -1,6 +1,6 @@
 """Chunks: how many steps run in one call, and what is seen between two."""
 
-import _thread
+import signal
 
 import keras
 import numpy as np
@@ -89,7 +89,7 @@ def test_ctrl_c_takes_effect_at_the_next_chunk(engine):
     class Interrupt(Chunks):
         def on_chunk(self, record, feed):
             if len(self.lengths) == 2:
-                _thread.interrupt_main()
+                signal.raise_signal(signal.SIGINT)
             return super().on_chunk(record, feed)
 
     x, y = data(400)
