@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # one part of the architecture in several files. A package is one part.
 ROWS = (
     ("_keras",),
-    ("names", "step", "progress progress_line progress_display"),
+    ("names", "plain", "step", "progress progress_line progress_display"),
     (
         "statistics",
         "accumulation",
@@ -29,7 +29,7 @@ ROWS = (
     ),
     ("terms", "weights", "averaging"),  # a weight knows no loss
     ("layer", "loop"),  # the loop knows a model only as something with steps, state and terms
-    ("model model_step row steps",),
+    ("model model_step replicas row steps",),
     ("runs",),
     ("weight_mean",),  # reads checkpoints of a run
 )

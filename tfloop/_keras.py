@@ -1,6 +1,6 @@
 """The private names of Keras and TensorFlow that cannot be avoided, each with its reason.
 
-Read in keras 3.15.1 and TensorFlow 2.21. `tests/test_keras_internals.py` notices when one of them changes.
+Read in keras 3.15.1 and TensorFlow 2.21. `tests/test_keras_private.py` notices when one of them changes.
 """
 
 import contextlib
@@ -10,12 +10,15 @@ import types
 import weakref
 
 import keras
+import tensorflow as tf
 from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.backend.common.symbolic_scope import get_symbolic_scope
 from keras.src.backend.common.variables import register_uninitialized_variable
+from keras.src.losses import loss as loss_module
 from keras.src.models import cloning
 from keras.src.models.functional import Functional, functional_like_constructor  # noqa: F401  behind keras.Model(x, y)
+from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.random import seed_generator
 from keras.src.utils.rng_utils import get_random_seed
 from tensorflow.python.framework.config import is_op_determinism_enabled
@@ -334,6 +337,89 @@ def observing_applies(observer, gate=None):
             yield
     finally:
         _thread.apply_observers = previous
+
+
+def optimizer_strategy(optimizer):
+    """The strategy in whose scope an optimizer was made, or the default one; there its variables are."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    return getattr(inner, "_distribution_strategy", None)
+
+
+@contextlib.contextmanager
+def updates_of_replicas():
+    """While this is open, an optimizer makes its update on each replica for itself, with the gradients it is given.
+
+    These have been summed over the replicas, so that all make the same update. Keras clips them first, each replica
+    its own, and sums then; and it leaves the replica for the update, which no conditional may do (those of `use_ema`
+    and `gradient_accumulation_steps`). What it does on other backends is what is needed here.
+    """
+    names = ("_apply_weight_decay", "_overwrite_model_variables_with_average_value")
+    names += ("_backend_increment_gradient_accumulators",)
+    replacements = {name: getattr(BaseOptimizer, name) for name in names}
+    replacements["_backend_update_step"] = _update_step
+    with contextlib.ExitStack() as stack:
+        for name, replacement in replacements.items():
+            stack.enter_context(patched(keras.optimizers.Optimizer, name, lambda _, made=replacement: made))
+        yield
+
+
+def _update_step(optimizer, gradients, variables, learning_rate):
+    for gradient, variable in zip(gradients, variables, strict=True):
+        optimizer.update_step(gradient, tensor_of(variable), learning_rate)
+
+
+@contextlib.contextmanager
+def losses_unscaled():
+    """While this is open, Keras' losses are the mean over a replica's examples, not divided by the number of replicas.
+
+    Keras asks two functions of one module, which are not exported.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in ("scale_loss_for_distribution", "unscale_loss_for_distribution"):
+            stack.enter_context(patched(loss_module, name, lambda _: lambda value: value))
+        yield
+
+
+# What Keras keeps for each thread and a step needs: each replica has a thread of its own.
+_OF_THE_PROCESS = (seed_generator.GLOBAL_SEED_GENERATOR, "dtype_policy")
+
+
+def process_state():
+    """What Keras keeps in this thread, and means for the process, for `take_process_state` in another.
+
+    The seed generator is made if it is not there: no replica can make one for all.
+    """
+    with tf.init_scope():
+        global_seed_generator(create=True)
+    return {name: global_state.get_global_attribute(name) for name in _OF_THE_PROCESS}
+
+
+def take_process_state(state):
+    """Gives Keras in this thread, a replica's that ends with its step, what `process_state` returned in another."""
+    for name, value in state.items():
+        global_state.set_global_attribute(name, value)
+
+
+@contextlib.contextmanager
+def observing_assigns(observer):
+    """Tells `observer(variable)` of every Keras variable that is assigned a value in this thread."""
+    previous = getattr(_thread, "assign_observers", ())
+    _thread.assign_observers = (*previous, observer)
+
+    def wrap(original):
+        @functools.wraps(original)
+        def assign(variable, value):
+            for told in getattr(_thread, "assign_observers", ()):
+                told(variable)
+            return original(variable, value)
+
+        return assign
+
+    try:
+        with patched(keras.Variable, "assign", wrap):
+            yield
+    finally:
+        _thread.assign_observers = previous
 
 
 def loss_scale(optimizer):

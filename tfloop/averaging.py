@@ -86,7 +86,7 @@ class WeightAverage(keras.callbacks.Callback):
     def begin(self):
         """Takes the snapshot of `start=0`. The loop calls it before the first update of a training
         that was not resumed."""
-        if self.start == 0 and int(self.count) == 0:
+        if self.start == 0 and int(self.count.numpy()) == 0:
             self._take()
 
     def update(self, updates, applied=True, compiled=False):
@@ -122,7 +122,7 @@ class WeightAverage(keras.callbacks.Callback):
 
     def for_validation(self, model):
         """The context in which validation runs: the averaged weights if asked for and there."""
-        if self.validate and int(self.count) > 0:
+        if self.validate and int(self.count.numpy()) > 0:
             return averaged(model)
         return contextlib.nullcontext(model)
 

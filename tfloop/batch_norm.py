@@ -15,6 +15,7 @@ import tensorflow as tf
 from absl import logging
 
 from tfloop import names
+from tfloop.plain import plain_variable
 from tfloop.progress import progress
 
 
@@ -135,7 +136,7 @@ class Statistic:
     def __init__(self, layer):
         self.axis = layer.axis
         zeros = tf.zeros(layer.moving_mean.shape, tf.float64)
-        self.count, self.mean, self.deviation = (tf.Variable(zeros) for _ in range(3))
+        self.count, self.mean, self.deviation = (plain_variable(zeros) for _ in range(3))
 
     def add(self, x, mask=None):
         """Adds a batch. `mask`: as `x` without its last axis, false where a position is left out."""

@@ -7,22 +7,23 @@ metrics. Zeroing the gradients would not do: moments, decay, statistics and coun
 The row of a step that was taken back has its number of examples negative.
 """
 
-import keras
 import tensorflow as tf
+
+from tfloop.plain import plain_variable
 
 
 class Keeper:
     """Decides for each training step of a model whether it is kept.
 
     Args:
-        variables: all that a step may change.
+        variables: all that a step may change, `tf.Variable`s.
         halts: whether after one that is not, no further step is kept, until `begin` is called. The state then
             is what it was before that step, wherever in a chunk it was.
     """
 
     def __init__(self, variables, halts):
-        self._variables = [v.value if isinstance(v, keras.Variable) else v for v in variables]
-        self._halted = tf.Variable(False, trainable=False, name="halted") if halts else None
+        self._variables = list(variables)
+        self._halted = plain_variable(False, name="halted") if halts else None
 
     def begin(self):
         """Steps are kept from now on."""
@@ -33,9 +34,8 @@ class Keeper:
         """The values as a step finds them, for `after`."""
         return [v.read_value() for v in self._variables]
 
-    def after(self, values, row, layout, gradients):
-        """Keeps the step or takes it back. Returns its row."""
-        kept = is_finite(losses(row, layout), gradients)
+    def after(self, values, row, kept):
+        """Keeps the step, or takes it back. Returns its row."""
         if self._halted is not None:
             kept &= ~self._halted
             self._halted.assign(~kept)

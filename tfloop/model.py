@@ -12,15 +12,17 @@ import warnings
 import keras
 import tensorflow as tf
 
-from tfloop import _keras, names, terms, weights
+from tfloop import _keras, names, replicas, terms, weights
 from tfloop.accumulation import Accumulation
 from tfloop.averaging import WeightAverage, refuse_swapped
+from tfloop.keeping import is_finite, losses
 from tfloop.layer import Adding, inside_call
 from tfloop.loop import fitting
 from tfloop.loop.accumulation import micro_batches
 from tfloop.model_step import ModelStep, model_step
+from tfloop.plain import plain_variable
 from tfloop.row import merged
-from tfloop.step import running
+from tfloop.step import current_step, running
 from tfloop.steps import ModelSteps
 
 
@@ -298,6 +300,9 @@ class Model(Adding, keras.Model):
         size = tf.cast(tf.size(loss), loss.dtype)
         seed = tf.ones_like(loss) * tf.cast(1.0 if scale is None else scale, loss.dtype) / size
         gradients = tape.gradient(loss, [_keras.tensor_of(v) for v in variables], output_gradients=seed)
+        step = current_step()
+        if isinstance(step, ModelStep):
+            gradients = step.of_the_batch(gradients)
         optimizer.apply(gradients, variables)
         return global_norm(gradients, scale)
 
@@ -328,33 +333,44 @@ class Model(Adding, keras.Model):
         Returns the step's row and its layout (see `loop/record.py`); for `"predict"` the predictions.
         """
         if kind == "predict":
-            return self._run_part(kind, data, None)
+            with self._trainable_as_compiled():
+                return self._run_part(kind, replicas.Part(replicas.Replica(), data), self._updates.read_value())
         keeper = self._keeper if kind == "train" else None
         before = keeper.before() if keeper else None
-        parts, accumulation = [data], None
+        updates = self._updates.read_value()
+        with self._trainable_as_compiled():
+            row, layout, finite = replicas.on_replicas(self, lambda r: self._on_a_replica(kind, data, updates, r))
+        if kind == "train":
+            self._updates.assign_add(1)
+            for average in self._averages:
+                average.update(updates + 1)
+        return (row if keeper is None else keeper.after(before, row, finite)), layout
+
+    def _on_a_replica(self, kind, data, updates, replica):
+        """Goes through one replica's part of a batch, which may be several that make an update together."""
+        batches, accumulation = [data], None
         if kind == "train" and self._micro_batch is not None:
-            parts = micro_batches(data, self._micro_batch)
-            accumulation = (
-                Accumulation([int(keras.tree.flatten(part)[0].shape[0]) for part in parts]) if len(parts) > 1 else None
-            )
+            batches = micro_batches(data, self._micro_batch)
+        if len(batches) > 1:
+            accumulation = Accumulation([int(keras.tree.flatten(batch)[0].shape[0]) for batch in batches])
         rows, applied = [], []
-        for part in parts:
-            rows.append(self._run_part(kind, part, accumulation, applied))
+        for batch in batches:
+            part = replica.part(batch)
+            with part.metrics_of(self):
+                row, layout = self._run_part(kind, part, updates, accumulation, applied)
+            rows.append((part.counted(row), layout))
             if accumulation is not None:
                 accumulation.next_batch()
-        if kind == "train":
-            updates = self._updates.assign_add(1, read_value=True)
-            for average in self._averages:
-                average.update(updates)
         row, layout = merged(rows)
-        return (row if keeper is None else keeper.after(before, row, layout, applied)), layout
+        finite = is_finite(losses(row, layout), applied) if kind == "train" and self._keeper else None
+        return row, layout, finite
 
-    def _run_part(self, kind, data, accumulation, applied=()):
-        """Goes through one batch: all of a step, or one of several that make an update together."""
-        step = ModelStep(self, kind, data, self._updates.read_value(), accumulation)
-        with running(step), self._trainable_as_compiled():
+    def _run_part(self, kind, part, updates, accumulation=None, applied=()):
+        """Goes through one batch, or one replica's part of it."""
+        step = ModelStep(self, kind, part.data, updates, accumulation, part if part.replicated else None)
+        with running(step):
             with step.hearing():
-                returned = step_function(self, f"{kind}_step")(data)
+                returned = step_function(self, f"{kind}_step")(part.data)
             if kind == "predict":
                 return returned
             applied.extend(step.applied)
@@ -410,9 +426,8 @@ class Model(Adding, keras.Model):
             "accumulate": accumulate,
         }
         self.__dict__["_micro_batch"] = None
-        with tf.init_scope():
-            if self._updates is None:
-                self.__dict__["_updates"] = tf.Variable(0, dtype=tf.int64, trainable=False, name="updates")
+        if self._updates is None:
+            self.__dict__["_updates"] = plain_variable(0, dtype=tf.int64, name="updates")
         self.__dict__["_loop"] = None
         self.__dict__["_tracks_loss"] = False
         self.__dict__["_as_compiled"] = {
@@ -764,7 +779,7 @@ def check_accumulate(value):
 def check_learning_rate(optimizer):
     if optimizer is None:
         return
-    rate = float(optimizer.learning_rate)
+    rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
     if not math.isfinite(rate):
         raise ValueError(f"compile(): the optimizer's learning rate is {rate}. Expected a finite number.")
 

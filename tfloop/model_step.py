@@ -29,11 +29,14 @@ class ModelStep(Step):
         data: the batch, as `train_step` gets it.
         updates: int64 scalar, the number of completed updates.
         accumulation: an `Accumulation`, where this batch is one of several that make an update together.
+        part: a `Part`, where the batch is what one of several replicas has of it.
     """
 
-    def __init__(self, model, kind, data, updates, accumulation=None):
+    def __init__(self, model, kind, data, updates, accumulation=None, part=None):
         super().__init__(kind)
-        self._accumulation = accumulation
+        self._accumulation, self._part = accumulation, part
+        if part is not None:
+            self.uncompilable.append("a distribution strategy runs it on replicas")
         self._memo = accumulation.memo if accumulation else self._memo  # what happens once, once in all of them
         self._ends = accumulation is None or accumulation.at_the_last()  # with an update, and its gradients
         self.model = model
@@ -74,6 +77,15 @@ class ModelStep(Step):
             return
         entry = self._added_metrics.setdefault((id(owner), name), (owner, name, aggregation, []))
         entry[-1].append(value)
+
+    def of_the_batch(self, gradients):
+        """The gradients of the whole batch, where this step has one replica's part of it."""
+        return gradients if self._part is None else self._part.reduced(gradients)
+
+    def _of_the_update(self, optimizer, gradients, variables):
+        """The gradients with which an optimizer is to make its update; `None` if it is to make none yet."""
+        gradients = self.of_the_batch(gradients)
+        return gradients if self._accumulation is None else self._accumulation(optimizer, gradients, variables)
 
     def note_apply(self, optimizer, gradients, variables):
         """Keeps the unscaled gradients and the old values of the variables of one update."""
@@ -251,6 +263,9 @@ class ModelStep(Step):
             if metric is not None and lazily:
                 if not self._is_attribute(metric):
                     yield name, (Result(name, reader(metric, path)), self._own_value(metric))
+            elif metric is not None and self._part is not None:  # a running value of all replicas together
+                self._returned.append(metric)
+                yield name, (Result(name, reader(metric, path)), self._own_value(metric))
             elif metric is not None:
                 self._returned.append(metric)
                 yield name, (Column(name, "running"), (scalar(value, "mean", name), self._own_value(metric)))
@@ -350,7 +365,7 @@ class ModelStep(Step):
         with (
             recording(self.recorder),
             _keras.observing_updates(self.note_update),
-            _keras.observing_applies(self.note_apply, self._accumulation),
+            _keras.observing_applies(self.note_apply, self._of_the_update),
         ):
             yield self
 

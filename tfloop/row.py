@@ -148,9 +148,20 @@ def merged(rows):
     return tf.concat(parts, 0), layout
 
 
+def over_rows(rows, layout):
+    """One row of those of several parts of a batch, `(parts, width)`, that have one layout."""
+    sizes = rows[:, 0]
+    parts = [tf.reduce_sum(sizes)[None]]
+    parts += [over_batches(column, rows[:, place], sizes[:, None]) for column, place in layout.slices()]
+    return tf.concat(parts, 0)
+
+
 def over_batches(column, values, weights):
+    """The value of a column, `(width,)`, of those of several batches, `(batches, width)`, with their sizes."""
     if column.aggregation in ("mean", "step"):
         return tf.reduce_sum(values * weights, 0) / tf.reduce_sum(weights)
     if column.aggregation in ("last", "running"):
         return values[-1]
-    return {"sum": tf.reduce_sum, "min": tf.reduce_min, "max": tf.reduce_max}[column.aggregation](values, 0)
+    if column.aggregation == "sum":
+        return tf.reduce_sum(tf.where(weights > 0, values, 0), 0)  # of size 0: one that repeats another
+    return {"min": tf.reduce_min, "max": tf.reduce_max}[column.aggregation](values, 0)

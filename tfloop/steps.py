@@ -5,7 +5,7 @@ import contextlib
 import keras
 import tensorflow as tf
 
-from tfloop import _keras, names, reproducibility, terms
+from tfloop import _keras, names, replicas, reproducibility, terms
 from tfloop.step import Step, running
 
 
@@ -19,11 +19,13 @@ class ModelSteps:
     def run(self, kind, batch):
         """One step, run or traced. A first eager step that fails leaves every variable as it was."""
         if not tf.executing_eagerly() or (kind, self.version) in self._ran:
-            return self.model.run_step(kind, batch)
+            with self.model.distribute_strategy.scope():
+                return self.model.run_step(kind, batch)
         variables = {**reproducibility.state_variables(self.model), **reproducibility.metric_variables(self.model)}
         before = reproducibility.snapshot(variables)
         try:
-            result = self.model.run_step(kind, batch)
+            with self.model.distribute_strategy.scope():
+                result = self.model.run_step(kind, batch)
         except Exception:
             reproducibility.assign(variables, before)
             raise
@@ -33,6 +35,13 @@ class ModelSteps:
     def build(self, batch):
         """Makes all variables, so that a step can be traced inside a loop."""
         model = self.model
+        replicas.check(model)
+        with model.distribute_strategy.scope():
+            self._build(model, batch)
+        replicas.check_variables(model)
+        self._count_updates()
+
+    def _build(self, model, batch):
         with running(Step("build")), model._trainable_as_compiled():
             if type(model).call is not keras.Model.call:
                 _keras.symbolic_build(model, batch)
@@ -40,7 +49,6 @@ class ModelSteps:
                 model.optimizer.build(model.trainable_variables)
         for average in model._averages:
             average.build(model)
-        self._count_updates()
 
     def _count_updates(self):
         """An optimizer that has taken steps elsewhere, or was loaded, sets the count of updates."""
@@ -53,7 +61,7 @@ class ModelSteps:
     def build_for_prediction(self, batch):
         """Builds the layers alone: a batch to predict has no targets to build losses and metrics with."""
         x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
-        with running(Step("build")):
+        with self.model.distribute_strategy.scope(), running(Step("build")):
             if type(self.model).call is not keras.Model.call and not self.model.built:
                 self.model(keras.tree.map_structure(lambda s: keras.KerasTensor(s.shape, s.dtype.name), x))
 
@@ -66,6 +74,16 @@ class ModelSteps:
         """Changes with whatever makes a step another one: terms, parametrisations, averages."""
         models = [(id(m), m._terms.version) for _, m in names.walk(self.model) if hasattr(m, "_terms")]
         return (*models, *map(id, (*self.model._averages, self.model._keeper)))
+
+    @property
+    def replicated(self):
+        """Whether a step runs on the devices of a distribution strategy."""
+        return replicas.strategy_of(self.model) is not None
+
+    @property
+    def team(self):
+        """The processes that train together."""
+        return replicas.team_of(replicas.strategy_of(self.model))
 
     @property
     def eager(self):
@@ -121,7 +139,8 @@ class ModelSteps:
             metric.reset_state()
 
     def metric_variables(self):
-        return [v for m in terms.all_metrics(self.model) for v in m.variables]
+        """The variables of all metric objects, on every device here."""
+        return [c for m in terms.all_metrics(self.model) for v in m.variables for c in replicas.copies(v)]
 
     def publisher(self):
         """A function of an epoch's values that sets the metric objects that stand for columns of the record."""

@@ -29,9 +29,17 @@ def main(argv):
         print(report.table(results), flush=True)
         pathlib.Path(FLAGS.picture).parent.mkdir(parents=True, exist_ok=True)
         report.picture(results, FLAGS.picture)
-    more = measured_extras() if FLAGS.extras else {}
+    written = {"workloads": results}
+    for name, found in measured_extras() if FLAGS.extras else ():
+        written[name] = found
+        write(written)
+    write(written)
+
+
+def write(results):
+    """Writes what there is so far, so that an interrupted run has not been for nothing."""
     if FLAGS.json:
-        pathlib.Path(FLAGS.json).write_text(json.dumps({"workloads": results, **more}, indent=2))
+        pathlib.Path(FLAGS.json).write_text(json.dumps(results, indent=2))
 
 
 def measured(workload):
@@ -47,20 +55,21 @@ def measured(workload):
 
 
 def measured_extras():
+    """Prints what is measured besides the time of a step, and yields `(name, seconds or megabytes)`."""
     rounds = FLAGS.rounds
-    more = {"watched": extras.watched(rounds)}
-    print(report.listing("Watched scalars", more["watched"], "ms a step", 1e3), flush=True)
-    for name, measure in (("A run on disk", costs.runs), ("Spectral norm", costs.spectral)):
-        more[name] = measure(max(1, rounds // 3))
-        print(report.listing(name, more[name], "ms a step", 1e3), flush=True)
-    more["starts"] = extras.starts()
-    print(report.listing("In a process of their own", more["starts"], "s"), flush=True)
-    more["memory"] = extras.memory()
-    print(report.listing("Peak memory on 400 MB of arrays", more["memory"], "MB"), flush=True)
-    more["growth"] = extras.growth(rounds)
-    for name, seconds in more["growth"].items():
+    for name, measure, unit, scale in (
+        ("Watched scalars", lambda: extras.watched(rounds), "ms a step", 1e3),
+        ("A run on disk", lambda: costs.runs(max(1, rounds // 3)), "ms a step", 1e3),
+        ("Spectral norm", lambda: costs.spectral(max(1, rounds // 3)), "ms a step", 1e3),
+        ("In a process of their own", extras.starts, "s", 1),
+        ("Peak memory on 400 MB of arrays", extras.memory, "MB", 1),
+    ):
+        found = measure()
+        print(report.listing(name, found, unit, scale), flush=True)
+        yield name, found
+    for name, seconds in extras.growth(rounds):
         print(report.listing(name, seconds, "ms a step", 1e3), flush=True)
-    return more
+        yield name, seconds
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ def watched(rounds):
     small = workloads.WORKLOADS["small_mlp"]
     data = small.data()
     for count in (0, 10, 100):
+        keras.backend.clear_session()  # so that the layer is called `dense`
         rival = Fit(small, data, tfloop.Model)
         for i in range(count):
             rival.model.add_metric(lambda t, i=i: ops.mean(t["dense"][:, i]), name=f"unit_{i}")
@@ -59,7 +60,7 @@ def memory():
 
 
 def growth(rounds):
-    """Seconds a step of Keras' `fit` and of tfloop, as batch, depth and data set grow."""
+    """Yields seconds a step of Keras' `fit` and of tfloop, as batch, depth and data set grow."""
     cases = {}
     for batch in (32, 128, 512):
         cases[f"batch {batch}"] = case(batch, 1, 12_800)
@@ -67,12 +68,10 @@ def growth(rounds):
         cases[f"{depth} hidden layers"] = case(128, depth, 12_800)
     for examples in (1280, 12_800, 128_000):
         cases[f"{examples} examples"] = case(128, 1, examples)
-    found = {}
     for name, workload in cases.items():
         data = workload.data()
         pair = {base: (Fit(workload, data, of), "") for base, of in (("keras", keras.Model), ("tfloop", tfloop.Model))}
-        found[name] = interleaved(pair, rounds)
-    return found
+        yield name, interleaved(pair, rounds)
 
 
 def case(batch_size, depth, examples):

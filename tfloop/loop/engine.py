@@ -14,6 +14,7 @@ import tensorflow as tf
 from tfloop.loop import random_numbers
 from tfloop.loop.feed import batch_of, flat, packed, spec_of
 from tfloop.loop.record import Record
+from tfloop.plain import plain_variable
 
 ENGINES = ("eager", "graph", "jit", "scan")
 COMPILED = ("jit", "scan")
@@ -110,8 +111,8 @@ class Stream:
     def __init__(self, program, capacity):
         self._program = program
         program.step  # noqa: B018  traced before the rows are made: its layout says how wide they are
-        self._rows = tf.Variable(tf.zeros((capacity, program.layout.width), program.dtype), trainable=False)
-        self._done = tf.Variable(0, trainable=False)
+        self._rows = plain_variable(tf.zeros((capacity, program.layout.width), program.dtype))
+        self._done = plain_variable(0)
         self._run = tf.function(self._loop, autograph=False)
 
     def _loop(self, iterator, count):

@@ -51,6 +51,11 @@ class Loop:
         """From now on records have what compiled metrics measured in each step alone, for those who log steps."""
         self._steps.measure_each_step()
 
+    @property
+    def team(self):
+        """The processes that train together: see `Team`."""
+        return self._steps.team
+
     # Training.
 
     def fit(
@@ -139,7 +144,8 @@ class Loop:
         first = int(self._steps.updates.numpy())
         publish = None
         with self._feeder(source, position, engine, pace) as feeder, self._runner.unchanging():
-            while (feed := self._take(feeder, position, observer, pace)) is not None:
+            team = self.team
+            while (feed := self._take(feeder, position, observer, pace, team)) is not None:
                 begin(position.batch)
                 observer.before_chunk()
                 started = time.perf_counter()
@@ -166,17 +172,19 @@ class Loop:
         if publish is not None:
             publish(position.aggregate.values())
 
-    def _take(self, feeder, position, observer, pace):
+    def _take(self, feeder, position, observer, pace, team):
         """The next feed, behind the batches that the observer leaves out."""
         while observer.leaves_out(position) and discard(feeder):
             position.batch += 1
-        return feeder.take(observer.limit(pace.next()))
+        return feeder.take(*team.told(observer.limit(pace.next())))
 
     @contextlib.contextmanager
     def _feeder(self, source, position, engine, pace):
         """What hands out an epoch's feeds. Closed when the epoch ends before its data do."""
         capacity = pace.capacity(source.steps)
-        feeder = source.feeder(position.epoch, position.batch, capacity, blocks=engine in COMPILED)
+        # A tf.data iterator cannot be read within a loop of steps on several devices.
+        blocks = engine in COMPILED or (engine == "graph" and self._steps.replicated)
+        feeder = source.feeder(position.epoch, position.batch, capacity, blocks=blocks)
         try:
             yield feeder
         except BaseException:

@@ -24,10 +24,12 @@ and ends as the contract says: 0 done, 1 failure, 2 refused, 130 Ctrl-C, 143 SIG
 """
 
 import contextlib
+import os
 import pathlib
 import sys
 
 import keras
+import tensorflow as tf
 from absl import app, logging
 from absl import flags as absl_flags
 
@@ -41,6 +43,7 @@ from tfloop.runs.sentry import NonFiniteError
 FLAGS = absl_flags.FLAGS
 
 _prepared = False
+_scope = contextlib.ExitStack()  # held until the process ends: what is forgotten is left
 
 
 def define_flags(**defaults):
@@ -62,13 +65,27 @@ def prepare():
     logging.set_verbosity(max(logging.get_verbosity(), logging.WARNING))
     with refusing():
         flags.check(flags.leftovers(sys.argv))
+        if FLAGS.strategy != "none":
+            distribute()  # first of all: several processes must find each other before TensorFlow does anything
         reproducibility.set_seed(FLAGS.seed, deterministic=FLAGS.deterministic)
         keras.config.set_dtype_policy(FLAGS.precision)
-        if FLAGS.strategy != "none":
+
+
+def distribute():
+    """Enters the scope of the strategy that the flags ask for, for the rest of the process."""
+    tf.get_logger().setLevel("WARNING")  # it would tell of every reduction
+    if FLAGS.strategy == "mirrored":
+        strategy = tf.distribute.MirroredStrategy()
+    else:
+        if FLAGS.workdir is None:
+            raise Refused("--strategy=multiworker: the processes share a run folder. Give its path: --workdir=...")
+        if not os.environ.get("TF_CONFIG"):
             raise Refused(
-                f"--strategy={FLAGS.strategy}: tfloop's loop does not distribute a step over replicas yet. "
-                "Train with --strategy=none."
+                "--strategy=multiworker: the environment has no TF_CONFIG, which says who trains together. For example "
+                '{"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": {"type": "worker", "index": 0}}.'
             )
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    _scope.enter_context(strategy.scope())
 
 
 def experiment():

@@ -357,6 +357,19 @@ class Checkpoints:
         files.flush_folder(self.folder)
 
 
+class ReadOnly(Checkpoints):
+    """The checkpoints of a run in which another process saves."""
+
+    def save(self, *args, **kwargs):
+        pass
+
+    def sweep(self):
+        pass
+
+    def _set_aside(self, name):
+        pass
+
+
 def _listed(lines, limit=30):
     rest = len(lines) - limit
     return "\n".join(f"  {line}" for line in lines[:limit]) + (f"\n  and {rest} more" if rest > 0 else "")

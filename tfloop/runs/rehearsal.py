@@ -110,7 +110,7 @@ def dry_run(model, x, y, **arguments):
     rest = sum(int(np.prod(v.shape)) for v in model.non_trainable_variables)
     size = sum(int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for v in variables.values())
     yield f"\n{model.name}: {trained:,} parameters are trained, {rest:,} are not; {size / 2**20:.1f} MiB of state."
-    tensors = replayed(model, batch, variables)
+    tensors = list(dict(replayed(model, batch, variables)).items())  # those of the first replica, if there are several
     names = {name for name, _ in of_batch}
     yield f"\nThe {len(tensors)} tensors of a step, by which losses, metrics and --watch call them:"
     yield from table((name, *_described(tensor)) for name, tensor in tensors if name not in names)

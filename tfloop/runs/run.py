@@ -4,10 +4,10 @@ from pathlib import Path
 
 import keras
 
-from tfloop import reproducibility
+from tfloop import replicas, reproducibility
 from tfloop.model import Model
 from tfloop.runs import flags, workdir
-from tfloop.runs.checkpoint import Checkpoints
+from tfloop.runs.checkpoint import Checkpoints, ReadOnly
 from tfloop.runs.errors import Refused
 from tfloop.runs.sentry import MOST_ROLLBACKS, NonFiniteError, RolledBack
 from tfloop.runs.session import Session
@@ -35,6 +35,10 @@ class Run:
         best: a metric (`"val_loss"`, its minimum) or `("val_accuracy", "max")` whose best checkpoint is kept.
         profile: whether some steps are traced for TensorBoard.
         settings: what else `config.json` shall hold under `flags`; differences are refused on a resume.
+
+    Under a `MultiWorkerMirroredStrategy` every process makes the run, in the strategy's scope, with the same
+    `workdir`. The chief writes to it; the others have a folder of their own until they end, so that what is drawn
+    or written after `fit` can be the same code.
 
     Raises `tfloop.runs.errors.Refused` when the folder cannot be used, is locked, or holds another run.
 
@@ -74,13 +78,17 @@ class Run:
         self.history = None
         self._session = None
         self._place = None
+        self.team = replicas.current_team()
         self.folder = self._open(workdir).folder
+        self.shared = self.folder if self.team.chief else Path(workdir).absolute()
         if seed is not None:
             reproducibility.set_seed(seed)
 
     def _open(self, path, resume=None):
+        if path is None and self.team.size > 1:
+            raise Refused("Processes that train together share a run folder: give its path as `workdir`.")
         path = path if path is not None else workdir.numbered("runs", "run")
-        self._place = workdir.Workdir(path, resume or self.resume)
+        self._place = workdir.Workdir(path, resume or self.resume) if self.team.chief else workdir.Aside()
         return self._place
 
     def fit(self, model, x=None, y=None, **arguments):
@@ -128,6 +136,8 @@ class Run:
         raise NonFiniteError(f"Rolled back {MOST_ROLLBACKS} times in one process; batches left out: {skipped}.")
 
     def _checkpoints(self):
+        if not self.team.chief:
+            return ReadOnly(workdir.place_in(self.shared, workdir.CHECKPOINTS))
         found = Checkpoints(self._place.path(workdir.CHECKPOINTS), self.keep, self.best)
         found.sweep()
         return found

@@ -5,6 +5,7 @@ again, eagerly and outside XLA, on the state that it found.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import keras
@@ -12,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tfloop import names, reproducibility
+from tfloop import names, replicas, reproducibility
 from tfloop.loop.feed import batch_of, packed
 from tfloop.loop.record import Record
 from tfloop.model_step import ModelStep
@@ -186,18 +187,34 @@ def replayed(model, batch, variables):
     """
     before = reproducibility.snapshot(variables)
     weights = [(f"weights/{name}", keras.ops.convert_to_numpy(v)) for name, v in names.weight_names(model).items()]
-    step = ModelStep(model, "train", batch, tf.convert_to_tensor(model.extra_state()["updates"]))
-    try:
+    updates = tf.convert_to_tensor(model.extra_state()["updates"])
+    found = []  # of each replica
+
+    def run(replica):
+        part = replica.part(batch)
+        step = ModelStep(model, "train", part.data, updates, part=part if part.replicated else None)
         with running(step), step.hearing():
-            model.train_step(batch)
-        found = step.metric_tensors()
-        groups = {group: [n for n in found if n.startswith(group)] for group in ("losses/", "gradients/", "updates/")}
-        groups["gradients/"].reverse()  # they come from behind
-        later = [name for group in groups.values() for name in group]
-        forward = [name for name in found if name not in later and not name.startswith("weights/")]
-        return [*weights, *((name, found[name]) for name in (*forward, *later))]
+            model.train_step(part.data)
+        found.append(in_order(step.metric_tensors()))
+
+    try:
+        strategy = replicas.strategy_of(model)
+        if strategy is None:
+            run(replicas.Replica())
+        else:
+            replicas.on_each_replica(strategy, run)
+        return [*weights, *itertools.chain(*zip(*found, strict=True))]
     finally:
         reproducibility.assign(variables, before)
+
+
+def in_order(found):
+    """`(name, tensor)` of a step's tensors, in the order in which they are computed; the weights are left out."""
+    groups = {group: [n for n in found if n.startswith(group)] for group in ("losses/", "gradients/", "updates/")}
+    groups["gradients/"].reverse()  # they come from behind
+    later = [name for group in groups.values() for name in group]
+    forward = [name for name in found if name not in later and not name.startswith("weights/")]
+    return [(name, found[name]) for name in (*forward, *later)]
 
 
 def named_arrays(batch):

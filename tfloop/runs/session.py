@@ -1,5 +1,8 @@
 """A session: one process's part in a run. It accompanies `fit`, logs what the loop records, saves and resumes.
 
+Where several processes train together each has a session, and they agree between chunks. The chief's is that of the
+run; the others write their logs aside (see `Aside`), read its checkpoints, and save none.
+
 Variables, position and rows belong together after a chunk, and not while one runs: what ends a fit in a chunk
 (an error in the step, a second Ctrl-C) leaves the state of an earlier chunk to be saved, kept in memory for that.
 """
@@ -8,9 +11,10 @@ import sys
 import time
 
 import numpy as np
+import tensorflow as tf
 from absl import logging
 
-from tfloop import reproducibility, statistics
+from tfloop import replicas, reproducibility, statistics
 from tfloop.keeping import Keeper
 from tfloop.loop.observer import Observer, Position
 from tfloop.runs import callback_state, config, environment, guard, workdir
@@ -32,6 +36,7 @@ class Session(Observer):
     def __init__(self, run, place, checkpoints, stop, arguments, skipped=()):
         super().__init__()
         self._run, self._place, self._checkpoints, self._stop = run, place, checkpoints, stop
+        self._team = run.team
         self._arguments = arguments
         self._skipped = guard.Skipped(skipped)
         self._writer = None  # there from the start of the training on
@@ -58,15 +63,29 @@ class Session(Observer):
         self._variables = {**reproducibility.state_variables(model), **reproducibility.metric_variables(model)}
         self._all = {**self._variables, **reproducibility.process_variables()}
         self._read = reproducibility.Reader(self._variables)
-        self._before = self._place.read_json(workdir.CONFIG)
+        self._before = workdir.read_json(self._run.shared, workdir.CONFIG)
         self._now = self._configuration(source)
         if self._before is not None:
             self._compare(self._before, self._now)
             loop.use(self._before.get("choice"))
         keep_by(model, None if run.on_nan == "ignore" else run.on_nan != "skip", self._all)
         check_watches(loop, source)
-        self._restored = self._checkpoints.restore_latest(self._variables, partial=self._run.resume == "partial")
+        self._restored = self._restorable()
         self._sentry = Sentry(model, self._all, source, run.on_nan, run.spike, self._skipped, self._place)
+
+    def _restorable(self):
+        """The checkpoint to go on from. The chief looks first, as it sets damaged ones aside."""
+        partial = self._run.resume == "partial"
+        found = self._checkpoints.restore_latest(self._variables, partial) if self._team.chief else None
+        (step,) = self._team.told(found.step if found else -1)
+        if not self._team.chief and step >= 0:
+            found = self._checkpoints.restore_latest(self._variables, partial)
+            if found is None or found.step != step:
+                raise CheckpointError(
+                    f"The chief goes on from step {step}, and that is not the newest one to be seen here."
+                )
+        self._team.sums(0)  # all have read; from now on the chief may write
+        return found
 
     def _configuration(self, source):
         data = {"examples": getattr(source, "examples", None), "steps_per_epoch": source.steps}
@@ -187,12 +206,15 @@ class Session(Observer):
     def after_chunk(self):
         self._profile.after_chunk(self.updates)
         self._sentry.act()
-        if self._stop.signal is not None:
+        if self._stop.is_due(self._team):
             self._stop.end()
         self._owed = self._owed or self._is_due()
-        if self._owed and not self._checkpoints.busy:  # a disk that is slower than asked for does not hold up steps
+        save = self._owed and not self._checkpoints.busy  # a disk that is slower than asked for does not hold up steps
+        copy = time.monotonic() - self._copied_at > self._copy_seconds / SHARE_OF_COPIES
+        save, copy = self._team.told(save, copy)
+        if save:
             self.save()
-        elif time.monotonic() - self._copied_at > self._copy_seconds / SHARE_OF_COPIES:
+        elif copy:
             self._copy_state()
 
     def _is_due(self):
@@ -206,9 +228,10 @@ class Session(Observer):
         self._logs = logs
         if self._run.every == (None, None):
             self._owed = True
-        if self._owed and (self._run.best or not self._checkpoints.busy):
+        save = self._owed and (self._run.best or not self._checkpoints.busy)
+        if self._team.told(save)[0]:
             self.save()  # the best one must be that of the epoch's end, however long it takes
-        if self._stop.signal is not None:
+        if self._stop.is_due(self._team):
             self._stop.end()
 
     # Saving.
@@ -258,6 +281,11 @@ class Session(Observer):
         return self
 
     def __exit__(self, kind, error, traceback):
+        if self._team.size > 1 and isinstance(error, tf.errors.OpError):
+            logging.error(
+                "Another process of this run has ended, or does not answer. Start all of them again by the same "
+                "command: the run goes on from the last checkpoint."
+            )
         if self._writer is None:  # nothing was begun
             return
         try:
@@ -272,7 +300,8 @@ class Session(Observer):
     def _save_at_the_end(self, error):
         try:
             self._wait()
-            if self._moving:
+            alone = self._team.size > 1 and error is not None and not self._stop.ended  # nobody else reads along
+            if self._moving or alone:
                 state = self._copy
                 logging.warning("The step did not end: what is saved is the state after step %d.", state[0][0])
             else:
@@ -323,7 +352,8 @@ def keep_by(model, halts, variables):
     wanted = None if halts is None else (halts, tuple(map(id, variables.values())))
     kept = model.__dict__.get("_keeper_for")
     if wanted != kept:
-        model.__dict__["_keeper"] = None if halts is None else Keeper(variables.values(), halts)
+        copies = [c for v in variables.values() for c in replicas.copies(v)]
+        model.__dict__["_keeper"] = None if halts is None else Keeper(copies, halts)
         model.__dict__["_keeper_for"] = wanted
     if model._keeper is not None:
         model._keeper.begin()

@@ -35,6 +35,16 @@ class Stop:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def is_due(self, team):
+        """Whether to stop: where several processes train together, when one of them was asked to."""
+        if team.size == 1:
+            return self.signal is not None
+        terminated, interrupted = team.sums(self.signal == signal.SIGTERM, self.signal == signal.SIGINT)
+        if not terminated and not interrupted:
+            return False  # what has come since then is heard the next time
+        self.signal = signal.SIGTERM if terminated else signal.SIGINT
+        return True
+
     def end(self):
         """Leaves as the signal would have: `KeyboardInterrupt`, or exit status 143."""
         self.ended = True

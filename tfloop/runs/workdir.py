@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import socket
+import tempfile
 from pathlib import Path
 
 from tfloop.runs import files
@@ -66,15 +67,7 @@ class Workdir:
 
     def path(self, name):
         """A path in the folder; `FolderError` if it would leave it."""
-        parts = Path(name).parts
-        if Path(name).is_absolute() or ".." in parts or not parts:
-            raise FolderError(f"{name!r} is not in the run folder {self.folder}.")
-        place = self.folder
-        for part in parts:
-            place = place / part
-            if place.is_symlink():
-                raise FolderError(f"{place} is a link; a run touches nothing outside of its folder.")
-        return place
+        return place_in(self.folder, name)
 
     def make_folder(self, name):
         """A folder in the run folder, made if it is not there."""
@@ -89,13 +82,7 @@ class Workdir:
 
     def read_json(self, name):
         """What a JSON file of the folder holds; `None` if there is none; `FolderError` if it is garbled."""
-        try:
-            with files.open_regular(self.path(name)) as file:
-                return json.load(file)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise FolderError(f"{self.folder / name} cannot be read: {error}") from error
+        return read_json(self.folder, name)
 
     def _move_away(self):
         """Moves what is there to `previous-<n>/`. A kill in between is made good at the next start."""
@@ -129,6 +116,38 @@ class Workdir:
 
     def __exit__(self, *error):
         self.close()
+
+
+class Aside(Workdir):
+    """What a process has that trains along in another's run: a folder of its own, which ends with the process."""
+
+    def __init__(self):
+        self._temporary = tempfile.TemporaryDirectory(prefix="tfloop-")
+        super().__init__(self._temporary.name)
+
+
+def place_in(folder, name):
+    """A path in a folder; `FolderError` if it would leave it."""
+    parts = Path(name).parts
+    if Path(name).is_absolute() or ".." in parts or not parts:
+        raise FolderError(f"{name!r} is not in the run folder {folder}.")
+    place = folder
+    for part in parts:
+        place = place / part
+        if place.is_symlink():
+            raise FolderError(f"{place} is a link; a run touches nothing outside of its folder.")
+    return place
+
+
+def read_json(folder, name):
+    """What a JSON file of a run folder holds; `None` if there is none; `FolderError` if it is garbled."""
+    try:
+        with files.open_regular(place_in(folder, name)) as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise FolderError(f"{folder / name} cannot be read: {error}") from error
 
 
 def numbered(runs, experiment):

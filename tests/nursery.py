@@ -3,6 +3,7 @@
 A training process takes seconds to import TensorFlow; the tests of kills need many of them.
 """
 
+import importlib
 import json
 import os
 import re
@@ -17,11 +18,11 @@ HERE = Path(__file__).parent
 
 
 class Nursery:
-    """`run(*flags)` runs `stateful.py` in a fresh process to its end, or kills it on the way."""
+    """`run(folder, *flags)` runs a script of these tests in a fresh process to its end, or kills it on the way."""
 
-    def __init__(self):
-        environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "TF_CPP_MIN_LOG_LEVEL": "3"}
-        command = [sys.executable, __file__]
+    def __init__(self, script=HERE / "runs" / "stateful.py"):
+        environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "TF_CPP_MIN_LOG_LEVEL": "3"}
+        command = [sys.executable, __file__, str(script)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -31,11 +32,12 @@ class Nursery:
         self._process.stdin.close()
         self._process.wait(30)
 
-    def run(self, folder, *arguments, signals=(), after=None, timeout=180, **knobs):
+    def run(self, folder, *arguments, signals=(), after=None, timeout=180, environment=None, out=None, **knobs):
         """Returns `(exit status, output)`. `after(folder)` becomes true, then each `(seconds, number)` of `signals`
-        is waited for and sent. `knobs`: see `stateful.py`."""
-        out = Path(folder).with_suffix(".out")
-        job = {"argv": ["stateful.py", f"--workdir={folder}", *arguments], "out": str(out), "knobs": knobs}
+        is waited for and sent. `knobs`: see the script."""
+        out = out or Path(folder).with_suffix(".out")
+        job = {"argv": ["script.py", f"--workdir={folder}", *arguments], "out": str(out), "knobs": knobs}
+        job["environment"] = environment or {}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         pid = int(self._process.stdout.readline())
@@ -59,23 +61,22 @@ class Nursery:
             pass
 
 
-def serve():
-    sys.path.insert(0, str(HERE))
-    import stateful
-
-    stateful.define()
+def serve(script):
+    sys.path.insert(0, str(Path(script).parent))
+    module = importlib.import_module(Path(script).stem)
+    module.define()
     print("ready", flush=True)
     for line in sys.stdin:
         job = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            child(stateful, job)
+            child(module, job)
         print(pid, flush=True)
         _, status = os.waitpid(pid, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 
-def child(stateful, job):
+def child(module, job):
     from absl import app
 
     descriptor = os.open(job["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -83,10 +84,11 @@ def child(stateful, job):
         os.dup2(descriptor, stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.argv = job["argv"]
-    stateful.KNOBS.update(job["knobs"])
+    os.environ.update(job["environment"])
+    module.KNOBS.update(job["knobs"])
     status = 1
     try:
-        app.run(stateful.main)
+        app.run(module.main)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except BaseException:
@@ -100,4 +102,4 @@ def child(stateful, job):
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1])
