@@ -291,3 +291,11 @@ def test_what_was_rolled_back_stays_left_out_after_a_kill(nursery, tmp_path):
     assert status == -KILL, said
     assert nursery.run(killed, "--on_nan=rollback", **how)[0] == 0
     assert_same(killed, whole)
+
+
+def test_more_epochs_later_are_as_good_as_all_at_once(nursery, reference, tmp_path):
+    """The optimizer's average, which a finished training puts into the weights, does not stay in them."""
+    folder = tmp_path / "run"
+    assert nursery.run(folder, "--epochs=2")[0] == 0
+    assert nursery.run(folder, "--epochs=4")[0] == 0
+    assert_same(folder, reference)

@@ -123,6 +123,7 @@ class Loop:
                     bar.finish(logs)
                 self.position = Position(epoch + 1)
                 observer.on_epoch(epoch, logs)
+        observer.finish()
         self._steps.finish()
         hooks.on_train_end(logs)
         return model.history

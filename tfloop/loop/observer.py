@@ -32,6 +32,7 @@ class Observer(keras.callbacks.Callback):
         on_chunk(record, feed)  after it, before the callbacks see it; gives the record to go on with
         after_chunk()           when they have seen it: what is done by now is done
         on_epoch(epoch, logs)   when an epoch is over, after the callbacks
+        finish()                when the last one is, before what the end of training does to the weights
 
     An exception that one of them raises ends the fit.
     """
@@ -61,6 +62,9 @@ class Observer(keras.callbacks.Callback):
         pass
 
     def on_epoch(self, epoch, logs):
+        pass
+
+    def finish(self):
         pass
 
 

@@ -277,6 +277,11 @@ class Session(Observer):
 
     # Ending.
 
+    def finish(self):
+        """Saves what further epochs go on from: the weights, before an optimizer puts its average in their place."""
+        if not self.was_finished:
+            self._save_at_the_end(None)
+
     def __enter__(self):
         return self
 
@@ -290,10 +295,10 @@ class Session(Observer):
             return
         try:
             at_once = isinstance(error, KeyboardInterrupt) and not self._stop.ended
-            if not at_once and not self.was_finished and not isinstance(error, RolledBack):
-                self._save_at_the_end(error)
             if error is None:
                 self._summarize()
+            elif not at_once and not self.was_finished and not isinstance(error, RolledBack):
+                self._save_at_the_end(error)
         finally:
             self._close(error)
 
