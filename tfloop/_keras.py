@@ -353,10 +353,12 @@ def updates_of_replicas():
     its own, and sums then; and it leaves the replica for the update, which no conditional may do (those of `use_ema`
     and `gradient_accumulation_steps`). What it does on other backends is what is needed here.
     """
-    names = ("_apply_weight_decay", "_overwrite_model_variables_with_average_value")
-    names += ("_backend_increment_gradient_accumulators",)
-    replacements = {name: getattr(BaseOptimizer, name) for name in names}
-    replacements["_backend_update_step"] = _update_step
+    replacements = {
+        "_apply_weight_decay": BaseOptimizer._apply_weight_decay,
+        "_overwrite_model_variables_with_average_value": BaseOptimizer._overwrite_model_variables_with_average_value,
+        "_backend_increment_gradient_accumulators": BaseOptimizer._backend_increment_gradient_accumulators,
+        "_backend_update_step": _update_step,
+    }
     with contextlib.ExitStack() as stack:
         for name, replacement in replacements.items():
             stack.enter_context(patched(keras.optimizers.Optimizer, name, lambda _, made=replacement: made))

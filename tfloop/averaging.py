@@ -196,7 +196,7 @@ def running_average(model):
         raise ValueError(
             f"{model.name!r} has no running average: train it with `callbacks=[tfloop.WeightAverage(...)]`."
         )
-    if int(average.count) == 0:
+    if int(average.count.numpy()) == 0:
         raise ValueError(
             f"The running average of {model.name!r} holds no snapshot yet: its first is taken "
             f"after update {average.start}."

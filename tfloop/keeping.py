@@ -1,51 +1,14 @@
-"""Keeping: a training step whose numbers are not finite leaves nothing behind.
+"""Keeping: whether the numbers of a training step are finite, decided in the step.
 
-Whether a step is finite is decided in the step, from its losses and the gradients of its updates. If it is not,
-every variable gets back what it held before: weights, moments, BatchNorm statistics, `u`, seeds, counters and
-metrics. Zeroing the gradients would not do: moments, decay, statistics and counters would move all the same.
-
-The row of a step that was taken back has its number of examples negative.
+The row of a step that are not has its number of examples negative: `loop/keeper.py` takes such a step back.
 """
 
 import tensorflow as tf
 
-from tfloop.plain import plain_variable
 
-
-class Keeper:
-    """Decides for each training step of a model whether it is kept.
-
-    Args:
-        variables: all that a step may change, `tf.Variable`s.
-        halts: whether after one that is not, no further step is kept, until `begin` is called. The state then
-            is what it was before that step, wherever in a chunk it was.
-    """
-
-    def __init__(self, variables, halts):
-        self._variables = list(variables)
-        self._halted = plain_variable(False, name="halted") if halts else None
-
-    def begin(self):
-        """Steps are kept from now on."""
-        if self._halted is not None:
-            self._halted.assign(False)
-
-    def before(self):
-        """The values as a step finds them, for `after`."""
-        return [v.read_value() for v in self._variables]
-
-    def after(self, values, row, kept):
-        """Keeps the step, or takes it back. Returns its row."""
-        if self._halted is not None:
-            kept &= ~self._halted
-            self._halted.assign(~kept)
-
-        def take_back():
-            for variable, value in zip(self._variables, values, strict=True):
-                variable.assign(value)
-
-        tf.cond(kept, lambda: None, take_back)
-        return tf.concat([tf.where(kept, row[:1], -row[:1]), row[1:]], 0)
+def marked(row, finite):
+    """The row of a step, marked if its numbers are not finite."""
+    return tf.concat([tf.where(finite, row[:1], -row[:1]), row[1:]], 0)
 
 
 def losses(row, layout):

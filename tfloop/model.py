@@ -15,7 +15,7 @@ import tensorflow as tf
 from tfloop import _keras, names, replicas, terms, weights
 from tfloop.accumulation import Accumulation
 from tfloop.averaging import WeightAverage, refuse_swapped
-from tfloop.keeping import is_finite, losses
+from tfloop.keeping import is_finite, losses, marked
 from tfloop.layer import Adding, inside_call
 from tfloop.loop import fitting
 from tfloop.loop.accumulation import micro_batches
@@ -60,7 +60,7 @@ class Model(Adding, keras.Model):
         made.__dict__["_running_average"] = None
         made.__dict__["_measures_each_step"] = False
         made.__dict__["_micro_batch"] = None
-        made.__dict__["_keeper"] = None
+        made.__dict__["_guarded"] = False
         return made
 
     def __init__(self, *args, **kwargs):
@@ -327,24 +327,22 @@ class Model(Adding, keras.Model):
                 found.update(result if isinstance(result, dict) else {metric.name: result})
         return found
 
-    def run_step(self, kind, data):
-        """Runs `train_step`, `test_step` or `predict_step` on a batch, as the loop does.
+    def run_step(self, kind, data, compiled=False):
+        """Runs `train_step`, `test_step` or `predict_step` on a batch, as the loop does. `compiled`: by XLA.
 
         Returns the step's row and its layout (see `loop/record.py`); for `"predict"` the predictions.
         """
         if kind == "predict":
             with self._trainable_as_compiled():
                 return self._run_part(kind, replicas.Part(replicas.Replica(), data), self._updates.read_value())
-        keeper = self._keeper if kind == "train" else None
-        before = keeper.before() if keeper else None
         updates = self._updates.read_value()
         with self._trainable_as_compiled():
             row, layout, finite = replicas.on_replicas(self, lambda r: self._on_a_replica(kind, data, updates, r))
         if kind == "train":
             self._updates.assign_add(1)
             for average in self._averages:
-                average.update(updates + 1)
-        return (row if keeper is None else keeper.after(before, row, finite)), layout
+                average.update(updates + 1, compiled=compiled)
+        return (row if finite is None else marked(row, finite)), layout
 
     def _on_a_replica(self, kind, data, updates, replica):
         """Goes through one replica's part of a batch, which may be several that make an update together."""
@@ -362,7 +360,7 @@ class Model(Adding, keras.Model):
             if accumulation is not None:
                 accumulation.next_batch()
         row, layout = merged(rows)
-        finite = is_finite(losses(row, layout), applied) if kind == "train" and self._keeper else None
+        finite = is_finite(losses(row, layout), applied) if kind == "train" and self._guarded else None
         return row, layout, finite
 
     def _run_part(self, kind, part, updates, accumulation=None, applied=()):

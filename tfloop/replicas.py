@@ -221,15 +221,16 @@ def on_replicas(model, function):
     strategy = strategy_of(model)
     if strategy is None:
         return function(Replica())
-    layouts = []
+    layouts, guarded = [], []
 
     def on_one(replica):
         row, layout, finite = function(replica)
         layouts.append(layout)
+        guarded.append(finite is not None)
         return tf.concat([row, [1.0 if finite is None else tf.cast(finite, row.dtype)]], 0)[None]
 
     rows = strategy.gather(on_each_replica(strategy, on_one), 0)
-    finite = tf.reduce_min(rows[:, -1]) > 0
+    finite = tf.reduce_min(rows[:, -1]) > 0 if any(guarded) else None
     return over_rows(rows[:, :-1], layouts[0]), layouts[0], finite
 
 

@@ -92,11 +92,15 @@ def _mean(t):
 
 
 def _rms(t):
-    return tf.sqrt(tf.reduce_mean(tf.square(t)))
+    return tf.sqrt(_sum_of_squares(t) / tf.cast(tf.size(t), t.dtype))
 
 
 def _norm(t):
-    return tf.sqrt(tf.reduce_sum(tf.square(t)))
+    return tf.sqrt(_sum_of_squares(t))
+
+
+def _sum_of_squares(t):
+    return 2 * tf.nn.l2_loss(t)  # one pass over the tensor, where a square and a sum make two
 
 
 def _std(t):

@@ -16,11 +16,11 @@ class ModelSteps:
         self.model = model
         self._ran = set()
 
-    def run(self, kind, batch):
-        """One step, run or traced. A first eager step that fails leaves every variable as it was."""
+    def run(self, kind, batch, compiled=False):
+        """One step, run or traced, `compiled` by XLA or not. A first eager step that fails changes no variable."""
         if not tf.executing_eagerly() or (kind, self.version) in self._ran:
             with self.model.distribute_strategy.scope():
-                return self.model.run_step(kind, batch)
+                return self.model.run_step(kind, batch, compiled)
         variables = {**reproducibility.state_variables(self.model), **reproducibility.metric_variables(self.model)}
         before = reproducibility.snapshot(variables)
         try:
@@ -73,7 +73,12 @@ class ModelSteps:
     def version(self):
         """Changes with whatever makes a step another one: terms, parametrisations, averages."""
         models = [(id(m), m._terms.version) for _, m in names.walk(self.model) if hasattr(m, "_terms")]
-        return (*models, *map(id, (*self.model._averages, self.model._keeper)))
+        return (*models, *map(id, self.model._averages), self.guarded)
+
+    @property
+    def differs_when_compiled(self):
+        """Whether a training step is traced in another way for XLA."""
+        return bool(self.model._averages)
 
     @property
     def replicated(self):
@@ -92,6 +97,15 @@ class ModelSteps:
     @property
     def choices(self):
         return self.model._choices
+
+    @property
+    def guarded(self):
+        """Whether a training step says, in its row, if its numbers are not finite."""
+        return self.model._guarded
+
+    @guarded.setter
+    def guarded(self, flag):
+        self.model.__dict__["_guarded"] = flag
 
     @property
     def micro_batch(self):

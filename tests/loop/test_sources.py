@@ -1,8 +1,10 @@
 """Sources: the same batches, wherever they are gathered and however they are handed out."""
 
+import errno
 import threading
 import tracemalloc
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -198,3 +200,53 @@ def test_a_thread_ends_with_its_reader():
     threads = threading.active_count()
     del stream
     assert threading.active_count() == threads - 1
+
+
+class Flaky(keras.utils.PyDataset):
+    """Whose batch 2 cannot be read `fails` times."""
+
+    def __init__(self, fails):
+        super().__init__()
+        self.fails, self.asked = fails, 0
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 2:
+            self.asked += 1
+            if self.asked <= self.fails:
+                raise OSError(errno.ESTALE, "Stale file handle")
+        return np.full((2, 1), index, "float32")
+
+
+@pytest.mark.parametrize("fails", [0, 3])
+def test_what_could_not_be_read_is_read_again(fails, monkeypatch):
+    monkeypatch.setattr(feed, "PAUSES", (0, 0, 0))
+    found = np.concatenate([np.array(b) for b in batches_of(make_source(Flaky(fails)))])
+    assert found[::2, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_what_stays_unreadable_is_an_error_after_four_times(monkeypatch):
+    monkeypatch.setattr(feed, "PAUSES", (0, 0, 0))
+    flaky = Flaky(100)
+    with pytest.raises(OSError, match="Stale file handle"):
+        batches_of(make_source(flaky))
+    assert flaky.asked == 4
+
+
+def test_arrays_on_disk_are_read_again(monkeypatch):
+    read, asked = arrays.take_rows, []
+
+    def failing(*arguments):
+        asked.append(1)
+        if len(asked) in (2, 3):
+            raise OSError(errno.EIO, "Input/output error")
+        read(*arguments)
+
+    monkeypatch.setattr(feed, "PAUSES", (0, 0, 0))
+    monkeypatch.setattr(arrays, "take_rows", failing)
+    source = ArraySource(numbers(10), 3)
+    source.resident = False
+    assert np.concatenate(batches_of(source)).tolist() == numbers(10).tolist()
+    assert len(asked) == 6

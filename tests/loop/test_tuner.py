@@ -12,6 +12,7 @@ from loop_models import ENGINES, Counting, data, dataset, fresh
 import tfloop
 from tfloop import _keras
 from tfloop.loop import tuner
+from tfloop.loop.engine import COMPILED
 from tfloop.loop.source import make_source
 from tfloop.weights import SpectralNorm
 
@@ -36,6 +37,9 @@ class Runner:
 
     def program(self, kind, spec):
         return self.program_
+
+    def takes_blocks(self, engine, kind):
+        return engine in COMPILED
 
     def run(self, engine, kind, feed, first):
         if engine in self._fails:

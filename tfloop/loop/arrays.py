@@ -5,13 +5,14 @@ ones, and `numpy.memmap`s, are gathered on the host, in a thread, one chunk ahea
 """
 
 import concurrent.futures
+import functools
 import os
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tfloop.loop.feed import Feed, as_tensor, empty, flat, nbytes, padded, power_of_two
+from tfloop.loop.feed import Feed, as_tensor, empty, flat, nbytes, padded, patiently, power_of_two
 
 RESIDENT_SHARE = 0.25  # of the machine's memory
 BLOCK_BYTES = 32 * 2**20  # of the batches of one chunk, where these are gathered on the host
@@ -182,7 +183,7 @@ class GatheringFeeder:
         block = []
         for array in self._source.arrays:
             made = empty((capacity, size, *array.shape[1:]), dtype_of(array))
-            take_rows(array, rows, made[:count])
+            patiently(functools.partial(take_rows, array, rows, made[:count]))
             block.append(made)
         return block, count
 

@@ -26,26 +26,34 @@ class Program:
     def __init__(self, steps, kind, spec):
         self.kind, self.spec = kind, spec
         self._steps = steps
-        self._step = None
+        self._traced = {}  # whether it was for XLA -> concrete function
         self._chunks = {}
         self.layout = None
         self.dtype = tf.float32
 
-    def run_eagerly(self, tensors):
+    def run_eagerly(self, tensors, compiled=False):
         """One step in plain Python."""
-        row, self.layout = self._steps.run(self.kind, packed(self.spec, tensors))
+        row, self.layout = self._steps.run(self.kind, packed(self.spec, tensors), compiled)
         return row
+
+    def traced(self, compiled=False):
+        """The step as a concrete function of the batch's flat tensors, which gives the row.
+
+        Where a part of it is better written in another way for XLA, there are two of them.
+        """
+        compiled = compiled and self.kind == "train" and self._steps.differs_when_compiled
+        if compiled not in self._traced:
+            specs = [tf.TensorSpec(s.shape, s.dtype) if isinstance(s, tf.TensorSpec) else s for s in flat(self.spec)]
+            function = tf.function(lambda *tensors: self.run_eagerly(tensors, compiled), autograph=False)
+            with random_numbers.same_everywhere():
+                self._traced[compiled] = function.get_concrete_function(*specs)
+            self.dtype = self._traced[compiled].output_dtypes
+        return self._traced[compiled]
 
     @property
     def step(self):
-        """The step as a concrete function of the batch's flat tensors, which gives the row."""
-        if self._step is None:
-            specs = [tf.TensorSpec(s.shape, s.dtype) if isinstance(s, tf.TensorSpec) else s for s in flat(self.spec)]
-            traced = tf.function(lambda *tensors: self.run_eagerly(tensors), autograph=False)
-            with random_numbers.same_everywhere():
-                self._step = traced.get_concrete_function(*specs)
-            self.dtype = self._step.output_dtypes
-        return self._step
+        """The step as it was traced first."""
+        return next(iter(self._traced.values())) if self._traced else self.traced()
 
     @property
     def variables(self):
@@ -78,9 +86,9 @@ class Program:
         """The function `(args, count) -> rows, results` for an engine and feeds of one kind and capacity."""
         key = (engine, feed.kind, feed.capacity)
         if key not in self._chunks:
-            step = self.step  # traced first: its layout says how wide the rows are
+            traced = step = self.traced(engine in COMPILED)  # before the loop: its layout says how wide the rows are
             if engine == "jit":
-                step = tf.function(lambda *tensors: self.step(*tensors), autograph=False, jit_compile=True)
+                step = tf.function(lambda *tensors: traced(*tensors), autograph=False, jit_compile=True)
             body = functools.partial(self._chunk, step, feed.kind, feed.capacity)
             self._chunks[key] = tf.function(body, autograph=False, jit_compile=engine == "scan")
         return self._chunks[key]
@@ -109,8 +117,7 @@ class Stream:
     """
 
     def __init__(self, program, capacity):
-        self._program = program
-        program.step  # noqa: B018  traced before the rows are made: its layout says how wide they are
+        self._step = program.traced()  # before the rows are made: its layout says how wide they are
         self._rows = plain_variable(tf.zeros((capacity, program.layout.width), program.dtype))
         self._done = plain_variable(0)
         self._run = tf.function(self._loop, autograph=False)
@@ -120,7 +127,7 @@ class Stream:
             batch = iterator.get_next_as_optional()
 
             def train():
-                row = self._program.step(*flat(batch.get_value()))
+                row = self._step(*flat(batch.get_value()))
                 self._rows.scatter_nd_update([[i]], [row])
                 self._done.assign(i + 1)
                 return i + 1
@@ -179,6 +186,18 @@ class Runner:
             self._programs[key] = Program(self._steps, kind, spec)
         return self._programs[key]
 
+    def takes_blocks(self, engine, kind):
+        """Whether streams come in blocks of batches, and are not read as an iterator within the program."""
+        if engine == "graph" and kind == "train" and self._steps.guarded:
+            return True  # a chunk may have to be made again
+        # A conditional, which reading needs, fails in a loop of steps on several devices.
+        return engine in COMPILED or (engine == "graph" and self._steps.replicated)
+
+    def results(self, kind, spec):
+        """What metric objects say now, by name."""
+        program = self.program(kind, spec)
+        return named(program, program.read_results().numpy())
+
     def run(self, engine, kind, feed, first):
         """Runs a feed's batches. `first` is the number of updates completed before.
 
@@ -218,7 +237,7 @@ class Runner:
         if engine == "eager":
             row = program.run_eagerly(tensors)
             return record(program, first, row.numpy()[None], program.results().numpy())
-        row = program.step(*tensors)
+        row = program.traced()(*tensors)
         return record(program, first, row.numpy()[None], program.read_results().numpy())
 
     def predict(self, spec, tensors, eager):
@@ -228,6 +247,8 @@ class Runner:
 
 
 def record(program, first, rows, results, error=None):
-    layout = program.layout
-    values = {r.name: float(v) for r, v in zip(layout.results, results, strict=True)}
-    return Record(layout, first, rows, values, error)
+    return Record(program.layout, first, rows, named(program, results), error)
+
+
+def named(program, results):
+    return {r.name: float(v) for r, v in zip(program.layout.results, results, strict=True)}

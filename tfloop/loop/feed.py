@@ -1,11 +1,14 @@
 """Feed: one or more batches, in the form in which a chunk of steps takes them."""
 
 import dataclasses
+import time
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
+PAUSES = (0.1, 0.5, 2.5)  # seconds, before data are read again
 ALIGNMENT = 64  # bytes: what TensorFlow asks of memory that it takes over without a copy
 
 
@@ -59,6 +62,17 @@ def packed(spec, tensors):
 
 def spec_of(batch):
     return tf.nest.map_structure(lambda a: None if a is None else tf.TensorSpec(a.shape, a.dtype), batch)
+
+
+def patiently(read):
+    """`read()`, tried again where the operating system could not read: a network's file system may do better later."""
+    for pause in PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            logging.warning("Reading data failed and is tried again in %.1f s: %r", pause, error)
+            time.sleep(pause)
+    return read()
 
 
 def same_shapes(one, other):

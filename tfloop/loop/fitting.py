@@ -17,6 +17,7 @@ from tfloop.loop.accumulation import accumulated
 from tfloop.loop.engine import COMPILED, Runner
 from tfloop.loop.feed import batch_of, flat, packed, spec_of
 from tfloop.loop.hooks import Hooks, wants_batches
+from tfloop.loop.keeper import Keeper
 from tfloop.loop.observer import Observer, Position, observer_of
 from tfloop.loop.pace import Pace
 from tfloop.loop.record import Aggregate
@@ -30,6 +31,7 @@ class Loop:
         self._steps = steps
         self._runner = Runner(steps)
         self._tuner = tuner.Tuner(self._runner)
+        self._keeper = None
         self._given = None  # the choice of an earlier process
         self._chosen = None
         self.engine = None
@@ -55,6 +57,14 @@ class Loop:
     def team(self):
         """The processes that train together: see `Team`."""
         return self._steps.team
+
+    def guard(self):
+        """For the fit that begins: steps say if their numbers are not finite. Before the step is traced."""
+        self._steps.guarded = True
+
+    def keep(self, variables, halts):
+        """For the fit that begins: what is not finite is taken back. See `Keeper`."""
+        self._keeper = Keeper(variables, halts)
 
     # Training.
 
@@ -93,6 +103,7 @@ class Loop:
         self._steps.start()
         hooks = Hooks(callbacks, model, epochs=epochs, steps=source.steps, verbose=verbose)
         observer = observer_of(hooks.callbacks)
+        self._keeper, self._steps.guarded = None, False
         observer.on_built(self, source, hooks.callbacks)
         by_step = self._one_by_one(hooks)
         pace = Pace(self._steps.choices["steps_per_execution"], by_step)
@@ -144,13 +155,13 @@ class Loop:
         observer = observer_of(hooks.callbacks) if kind == "train" else Observer()
         first = int(self._steps.updates.numpy())
         publish = None
-        with self._feeder(source, position, engine, pace) as feeder, self._runner.unchanging():
+        with self._feeder(source, position, engine, kind, pace) as feeder, self._runner.unchanging():
             team = self.team
             while (feed := self._take(feeder, position, observer, pace, team)) is not None:
                 begin(position.batch)
                 observer.before_chunk()
                 started = time.perf_counter()
-                record = self._runner.run(self._engine_for(engine, feed), kind, feed, first)
+                record = self._run(self._engine_for(engine, feed), kind, feed, first)
                 if not feed.short:  # an epoch's last batch has a program of its own, which is slow at first
                     pace.ran(len(record), time.perf_counter() - started)
                 if feed.kind == "iterator" and record.error is None:
@@ -167,11 +178,20 @@ class Loop:
                     publish(values)
                 end(position.batch - 1, values)
                 observer.after_chunk()
-                yield record
+                try:
+                    yield record
+                except GeneratorExit:  # somebody wants to stop: the last values are the epoch's
+                    publish(values)
+                    raise
                 if record.error is not None:
                     raise record.error
         if publish is not None:
             publish(position.aggregate.values())
+
+    def _run(self, engine, kind, feed, first):
+        if kind == "train" and self._keeper is not None:
+            return self._keeper.run(self._runner, engine, kind, feed, first)
+        return self._runner.run(engine, kind, feed, first)
 
     def _take(self, feeder, position, observer, pace, team):
         """The next feed, behind the batches that the observer leaves out."""
@@ -180,11 +200,10 @@ class Loop:
         return feeder.take(*team.told(observer.limit(pace.next())))
 
     @contextlib.contextmanager
-    def _feeder(self, source, position, engine, pace):
+    def _feeder(self, source, position, engine, kind, pace):
         """What hands out an epoch's feeds. Closed when the epoch ends before its data do."""
         capacity = pace.capacity(source.steps)
-        # A tf.data iterator cannot be read within a loop of steps on several devices.
-        blocks = engine in COMPILED or (engine == "graph" and self._steps.replicated)
+        blocks = self._runner.takes_blocks(engine, kind)
         feeder = source.feeder(position.epoch, position.batch, capacity, blocks=blocks)
         try:
             yield feeder

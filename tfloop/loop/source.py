@@ -7,6 +7,7 @@ without reading those before. `sample` gives batches for a trial and takes none 
 This module makes a source of whatever a user gives as data.
 """
 
+import functools
 import itertools
 from collections.abc import Iterable
 
@@ -15,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfloop.loop.arrays import ArraySource
+from tfloop.loop.feed import patiently
 from tfloop.loop.streams import DatasetSource, PythonSource
 
 
@@ -74,7 +76,7 @@ def pydataset(dataset, shuffle, seed):
         if shuffle and count is not None:
             order = np.random.Generator(np.random.Philox(key=[seed % 2**64, epoch])).permutation(count).tolist()
         for i in order:
-            yield dataset[i]
+            yield patiently(functools.partial(dataset.__getitem__, i))
         dataset.on_epoch_end()
 
     return batches

@@ -13,7 +13,6 @@ import tensorflow as tf
 
 from tfloop import _keras
 from tfloop.loop.arrays import resident_bytes
-from tfloop.loop.engine import COMPILED
 from tfloop.loop.feed import flat, nbytes
 
 SHARE = 0.05  # of the expected run, for the trial
@@ -152,7 +151,7 @@ class Trial:
 
     def _run(self, engine, count):
         """Seconds a step."""
-        blocks = engine in COMPILED
+        blocks = self._runner.takes_blocks(engine, "train")
         if blocks not in self._feeds:
             self._feeds[blocks] = self._source.sample(self._capacity, self._capacity, blocks)
         feed = self._feeds[blocks]

@@ -84,6 +84,7 @@ class Checkpoints:
         self.keep = keep
         self.best = metric, mode
         self.saved_step: int | None = None  # of the last save that is on disk
+        self._metrics: dict[str, dict] = {}  # of the checkpoints that this process wrote
         self._at, self._sleep = at, sleep
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -193,7 +194,7 @@ class Checkpoints:
         os.rename(aside, self.folder / name)
         self._at("renamed")
         files.flush_folder(self.folder)
-        self.saved_step = job.step
+        self.saved_step, self._metrics[name] = job.step, job.metrics
         self._at("committed")
         self._prune(self.keep)
         self._at("pruned")
@@ -220,27 +221,33 @@ class Checkpoints:
 
     def _prune(self, keep):
         """Deletes what is neither among the last `keep` nor the best. Damaged ones are left alone."""
-        contents = {}
+        metrics = {}
         for name in self._names():
             if checkpoint_file.order(name):
                 try:
-                    contents[name] = checkpoint_file.read_content(self.folder / name)
+                    metrics[name] = self._metrics_of(name)
                 except Damaged:
                     continue
-        newest_first = sorted(contents, key=checkpoint_file.order, reverse=True)
-        last = list({contents[name].step: name for name in reversed(newest_first)}.values())[::-1]
+        newest_first = sorted(metrics, key=checkpoint_file.order, reverse=True)
+        last = list({checkpoint_file.order(name)[0]: name for name in reversed(newest_first)}.values())[::-1]
         retained = set(last if keep is None else last[:keep])
         metric, mode = self.best
-        scores = {n: contents[n].metrics.get(metric) for n in last}
+        scores = {n: metrics[n].get(metric) for n in last}
         scores = {n: s for n, s in scores.items() if isinstance(s, int | float) and math.isfinite(s)}
         if scores:
             retained.add((min if mode == "min" else max)(scores, key=lambda name: scores[name]))
-        for name in contents:
+        for name in metrics:
             if name not in retained:
                 try:
                     self._delete(name)
                 except OSError as error:  # the new one is there all the same
                     logging.warning("%s cannot be deleted: %s", self.folder / name, error)
+
+    def _metrics_of(self, name):
+        """The metrics of a checkpoint. What others wrote is read, and `Damaged` if it cannot be."""
+        if name not in self._metrics:
+            self._metrics[name] = checkpoint_file.read_content(self.folder / name).metrics
+        return self._metrics[name]
 
     def _delete(self, name):
         """Deletes a checkpoint's two files. A folder that holds anything else stays as it is."""

@@ -15,12 +15,12 @@ import tensorflow as tf
 from absl import logging
 
 from tfloop import replicas, reproducibility, statistics
-from tfloop.keeping import Keeper
 from tfloop.loop.observer import Observer, Position
 from tfloop.runs import callback_state, config, environment, guard, workdir
 from tfloop.runs.errors import CheckpointError, ConfigError, Refused
 from tfloop.runs.profile import Profile
 from tfloop.runs.sentry import RolledBack, Sentry
+from tfloop.runs.watchdog import Watchdog
 from tfloop.runs.writers import CSV, JSONL, Composite, Curves, TensorBoard, Threaded
 
 # Of the time, what copies of the state for the case of an error may take.
@@ -48,6 +48,7 @@ class Session(Observer):
         self._saved_at = self._began = time.monotonic()
         self._seconds_before = 0.0
         self._profile = Profile(run.profile)
+        self._watchdog = Watchdog()
         self._logs = None  # of the last epoch
         self.updates = 0
         self.was_finished = False
@@ -57,6 +58,8 @@ class Session(Observer):
     def on_built(self, loop, source, callbacks):
         self._loop, self._source = loop, source
         loop.measure_each_step()
+        if self._run.on_nan != "ignore":
+            loop.guard()
         self._others = [c for c in callbacks if c is not self]
         model, run = self.model, self._run
         make_state(model, loop, source)
@@ -68,7 +71,9 @@ class Session(Observer):
         if self._before is not None:
             self._compare(self._before, self._now)
             loop.use(self._before.get("choice"))
-        keep_by(model, None if run.on_nan == "ignore" else run.on_nan != "skip", self._all)
+        if run.on_nan != "ignore":
+            copies = [c for v in self._all.values() for c in replicas.copies(v)]
+            loop.keep(copies, halts=run.on_nan != "skip")
         check_watches(loop, source)
         self._restored = self._restorable()
         self._sentry = Sentry(model, self._all, source, run.on_nan, run.spike, self._skipped, self._place)
@@ -205,6 +210,7 @@ class Session(Observer):
 
     def after_chunk(self):
         self._profile.after_chunk(self.updates)
+        self._watchdog.alive()
         self._sentry.act()
         if self._stop.is_due(self._team):
             self._stop.end()
@@ -283,9 +289,11 @@ class Session(Observer):
             self._save_at_the_end(None)
 
     def __enter__(self):
+        self._watchdog.__enter__()
         return self
 
     def __exit__(self, kind, error, traceback):
+        self._watchdog.__exit__()
         if self._team.size > 1 and isinstance(error, tf.errors.OpError):
             logging.error(
                 "Another process of this run has ended, or does not answer. Start all of them again by the same "
@@ -350,18 +358,6 @@ class Session(Observer):
         if self._sentry.count:
             summary["skipped_steps"] = self._sentry.count
         self._place.write_json(workdir.SUMMARY, summary)
-
-
-def keep_by(model, halts, variables):
-    """Gives a model the `Keeper` of its steps; `halts=None` takes it away. One that fits stays."""
-    wanted = None if halts is None else (halts, tuple(map(id, variables.values())))
-    kept = model.__dict__.get("_keeper_for")
-    if wanted != kept:
-        copies = [c for v in variables.values() for c in replicas.copies(v)]
-        model.__dict__["_keeper"] = None if halts is None else Keeper(copies, halts)
-        model.__dict__["_keeper_for"] = wanted
-    if model._keeper is not None:
-        model._keeper.begin()
 
 
 def make_state(model, loop, source):
