@@ -343,6 +343,39 @@ def single_batches():
 
 
 @scenario
+def one_replica():
+    """A strategy of a single device is no special case."""
+    made = [tf.distribute.MirroredStrategy(["CPU:0"]), tf.distribute.OneDeviceStrategy("CPU:1")]
+    if not tf.distribute.has_strategy():
+        made = [tf.distribute.get_strategy() for _ in made]
+    return {str(i): outside(lambda s=s: within(s)) for i, s in enumerate(made)}
+
+
+def within(strategy):
+    tfloop.set_seed(0)
+    with strategy.scope():
+        model = dense(metrics=["accuracy"])
+    return fitted(model)
+
+
+@scenario
+def averages():
+    """What is done to a trained model."""
+    inputs = keras.Input((5,))
+    hidden = layers.BatchNormalization(synchronized=True)(layers.Dense(7)(inputs))
+    model = tfloop.Model(inputs, layers.Dense(3)(hidden))
+    model.compile(keras.optimizers.SGD(0.1), crossentropy(), jit_compile=False)
+    fitted(model, callbacks=[tfloop.WeightAverage("swa", start=2)], batch_size=14)
+    before = arrays(model)
+    with tfloop.averaged(model):
+        tfloop.reestimate_batch_norm(model, X[:66].reshape(-1, 5))
+        predicted = model.predict(X, verbose=0).tolist()
+        averaged = arrays(model)
+    assert arrays(model) == before
+    return {"predicted": predicted, "averaged": averaged, "after": before}
+
+
+@scenario
 def refusals():
     """What is said against what cannot be, within a strategy's scope. A scope is a thread's: another one is outside."""
     if not tf.distribute.has_strategy():

@@ -13,7 +13,8 @@ HERE = Path(__file__).parent
 
 # What is equal to 1e-6 on one device and on two replicas.
 EQUAL = {
-    "the loop": "terms dataset dataset_of_unknown_size generator sample_weights accumulated single_batches skipped",
+    "the loop": "terms dataset dataset_of_unknown_size generator sample_weights accumulated single_batches skipped "
+    "one_replica averages",
     "own steps": "KerasStyle Naive Careful Constant Minimized two_optimizers eagerly weight_average",
     "layers and optimizers": "clipped_globally optimizer_average optimizer_accumulates embedding "
     "synchronized_batch_norm spectral_norm",
