@@ -58,6 +58,22 @@ class ModelSteps:
             if done > int(self.updates.numpy()):
                 self.updates.assign(done)
 
+    def build_optimizers(self, batch):
+        """Builds the optimizers that a user's `train_step` builds when it first runs: runs it once, without updates."""
+
+        def build(optimizer, gradients, variables):
+            if not optimizer.built:
+                optimizer.build(variables)
+
+        variables = {**reproducibility.state_variables(self.model), **reproducibility.metric_variables(self.model)}
+        variables |= reproducibility.process_variables()
+        before = reproducibility.snapshot(variables)
+        try:
+            with _keras.observing_applies(lambda *_: None, build):  # it gives no gradients: there is no update
+                self.run("train", batch)
+        finally:
+            reproducibility.assign(variables, before)
+
     def build_for_prediction(self, batch):
         """Builds the layers alone: a batch to predict has no targets to build losses and metrics with."""
         x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)

@@ -7,6 +7,7 @@ is no flag of it, set from the environment:
 
     poison=i    example i is not finite
     pause=s     every step takes s seconds longer
+    pause_test=s    every validation does
     fail=n      a callback raises an error after n updates
     full=n      n writes of checkpoints fail for want of space
     forget=...  a resumed process leaves out the variables whose names hold this; or "position"
@@ -51,6 +52,11 @@ class Everything(tfloop.Model):
         return self.logits(self.dropout(self.flatten(h), training=training))
 
 
+class SlowTest(keras.callbacks.Callback):
+    def on_test_batch_end(self, batch, logs=None):
+        time.sleep(KNOBS["pause_test"])
+
+
 class Slow(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         time.sleep(KNOBS.get("pause", 0))
@@ -83,6 +89,8 @@ def main(argv):
     ]
     if "pause" in KNOBS or "fail" in KNOBS:
         callbacks.append(Slow())
+    if "pause_test" in KNOBS:
+        callbacks.append(SlowTest())
     if "forget" in KNOBS:
         forget(KNOBS["forget"])
     if "full" in KNOBS:

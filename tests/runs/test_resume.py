@@ -235,6 +235,15 @@ def test_other_flags_are_refused_with_the_difference(nursery, interrupted, tmp_p
     assert nursery.run(folder, "--resume=never")[0] == 2
 
 
+def test_sigterm_within_a_validation_does_not_wait_for_it(nursery, reference, tmp_path):
+    folder = tmp_path / "run"
+    status, said = nursery.run(folder, pause_test=3.0, signals=[(1.0, TERM)], after=has_rows(7))
+    assert status == 143, said
+    assert steps(folder) == list(range(1, 8)) and rows(folder, "epoch") == []
+    assert nursery.run(folder)[0] == 0
+    assert_same(folder, reference)
+
+
 # A full disk
 
 

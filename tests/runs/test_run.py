@@ -1,5 +1,6 @@
 """`tfloop.Run` in code: history, callbacks, data of every kind, what is not finite, and what it refuses."""
 
+import functools
 import json
 import time
 
@@ -102,11 +103,11 @@ def test_callbacks_go_on_with_their_state(tmp_path):
 class TwoOptimizers(tfloop.Model):
     """Its `train_step` builds its optimizers, in the first step."""
 
-    def __init__(self):
+    def __init__(self, **how):
         super().__init__()
         self.parts = [layers.Dense(8), layers.Dense(1)]
         self.optimizers = {"first": keras.optimizers.Adam(0.05), "second": keras.optimizers.Adam(0.01)}
-        self.compile(optimizer=None, jit_compile=False)
+        self.compile(optimizer=None, **(how or {"jit_compile": False}))
 
     def call(self, x):
         return self.parts[1](self.parts[0](x))
@@ -119,10 +120,12 @@ class TwoOptimizers(tfloop.Model):
         return {"loss": loss()}
 
 
-def test_optimizers_that_the_step_builds_go_on_with_their_moments(tmp_path):
-    whole = fit(tmp_path / "whole", 4, make=TwoOptimizers)[1]
-    fit(tmp_path / "parts", 2, make=TwoOptimizers)
-    parts = fit(tmp_path / "parts", 4, make=TwoOptimizers)[1]
+@pytest.mark.parametrize("how", [{"jit_compile": False}, {"jit_compile": True}, {"run_eagerly": True}])
+def test_optimizers_that_the_step_builds_go_on_with_their_moments(tmp_path, how):
+    make = functools.partial(TwoOptimizers, **how)
+    whole = fit(tmp_path / "whole", 4, make=make)[1]
+    fit(tmp_path / "parts", 2, make=make)
+    parts = fit(tmp_path / "parts", 4, make=make)[1]
     assert tfloop.fingerprint(parts) == tfloop.fingerprint(whole)
 
 
@@ -298,6 +301,13 @@ def test_a_verification_names_what_differs():
     other.compile("sgd", "mse", jit_compile=False)
     assert "'out/kernel'" in rehearsal.verify(other, X, Y, batch_size=8)
     assert tfloop.fingerprint(made) == before
+
+
+@pytest.mark.parametrize("how", [{"jit_compile": False}, {"run_eagerly": True}])
+def test_a_verification_knows_optimizers_that_the_step_builds(how):
+    made = TwoOptimizers(**how)
+    assert rehearsal.verify(made, X, Y, batch_size=8, epochs=3) is None
+    assert all(int(o.iterations.numpy()) == 0 for o in made.optimizers.values())
 
 
 def time_now():

@@ -23,6 +23,8 @@ from tfloop.loop.pace import Pace
 from tfloop.loop.record import Aggregate
 from tfloop.progress import Progress
 
+VALIDATION = {"title": "validation", "transient": True}  # how the bar of a validation within an epoch looks
+
 
 class Loop:
     """The loop of one compiled model."""
@@ -57,6 +59,28 @@ class Loop:
     def team(self):
         """The processes that train together: see `Team`."""
         return self._steps.team
+
+    def build(self, source):
+        """Makes all variables that do not need a step to run."""
+        self._steps.build(source.spec)
+
+    def trace(self, source):
+        """Traces the training step, where it is not run eagerly: that makes what it makes when it first runs."""
+        if not self._steps.eager:
+            self._runner.program("train", source.spec).step  # noqa: B018
+
+    def build_optimizers(self, source):
+        """Builds the optimizers that the training step builds when it first runs."""
+        if not self._steps.eager:
+            self.trace(source)
+            return
+        feed = source.sample(1, 1)
+        tensors = flat(feed.args[0].get_next()) if feed.kind == "iterator" else batch_of(feed.kind, feed.args, 0)
+        self._steps.build_optimizers(packed(feed.spec, tensors))
+
+    def step(self, batch):
+        """Makes one training step on a batch. Returns its row and layout."""
+        return self._steps.run("train", batch)
 
     def guard(self):
         """For the fit that begins: steps say if their numbers are not finite. Before the step is traced."""
@@ -127,8 +151,10 @@ class Loop:
                     bar.update(at.batch, at.aggregate.values(), finalize=False)
                     logs = self._train_epoch(engine, source, at, pace, hooks, bar)
                     if validation is not None and is_due(epoch, validation_freq):
+                        observer.before_validation()
                         with self._steps.for_validation():
-                            found = self._test(validation, hooks, nested(verbose), title="validation", transient=True)
+                            found = self._test(validation, hooks, nested(verbose), observer, **VALIDATION)
+                        observer.after_validation()
                         logs = {**logs, **{f"val_{name}": value for name, value in found.items()}}
                     hooks.on_epoch_end(epoch, logs)
                     bar.finish(logs)
@@ -281,9 +307,9 @@ class Loop:
         source = sources.make_source(x, y, sample_weight, batch_size, steps)
         self._steps.build(source.spec)
         hooks = Hooks(callbacks, self._steps.model, epochs=1, steps=source.steps, verbose=verbose)
-        return self._test(source, hooks, verbose)
+        return self._test(source, hooks, verbose, Observer())
 
-    def _test(self, source, hooks, verbose, **display):
+    def _test(self, source, hooks, verbose, observer, **display):
         model = self._steps.model
         engine = self._evaluation_engine()
         self._steps.reset_metrics()
@@ -294,6 +320,7 @@ class Loop:
         with Progress(source.steps, stateful=True, verbose=verbose, **display) as bar:
             for record in self._chunks(engine, "test", source, position, pace, hooks):
                 bar.update(position.batch, position.aggregate.values(), finalize=False, examples=record.examples)
+                observer.on_validation()
                 if model.stop_evaluating:
                     break
             if not position.batch:

@@ -13,6 +13,7 @@ from tfloop.loop import fitting
 from tfloop.loop import source as sources
 from tfloop.loop.observer import Observer
 from tfloop.runs.sentry import leaves, replayed
+from tfloop.runs.session import make_state
 
 STEPS = 10  # of a verification
 
@@ -79,9 +80,10 @@ def _source(model, x, y, arguments):
 
 def build(model, x, y, arguments):
     """Makes all variables of a model, as `fit` would. Returns the source of its data."""
-    steps = model._get_loop()._steps
+    loop = model._get_loop()
     source = _source(model, x, y, arguments)
-    steps.build(source.spec)
+    loop.build(source)
+    make_state(model, loop, source)
     return source
 
 
@@ -114,10 +116,9 @@ def dry_run(model, x, y, **arguments):
     names = {name for name, _ in of_batch}
     yield f"\nThe {len(tensors)} tensors of a step, by which losses, metrics and --watch call them:"
     yield from table((name, *_described(tensor)) for name, tensor in tensors if name not in names)
-    steps = model._get_loop()._steps
     before = reproducibility.snapshot(variables)
     try:
-        row, layout = steps.run("train", batch)
+        row, layout = model._get_loop().step(batch)
     finally:
         reproducibility.assign(variables, before)
     yield f"\nThe first step, on {abs(int(row[0]))} examples:"

@@ -7,6 +7,7 @@ Variables, position and rows belong together after a chunk, and not while one ru
 (an error in the step, a second Ctrl-C) leaves the state of an earlier chunk to be saved, kept in memory for that.
 """
 
+import contextlib
 import sys
 import time
 
@@ -74,7 +75,8 @@ class Session(Observer):
         if run.on_nan != "ignore":
             copies = [c for v in self._all.values() for c in replicas.copies(v)]
             loop.keep(copies, halts=run.on_nan != "skip")
-        check_watches(loop, source)
+        with refusing_watches():
+            loop.trace(source)
         self._restored = self._restorable()
         self._sentry = Sentry(model, self._all, source, run.on_nan, run.spike, self._skipped, self._place)
 
@@ -229,6 +231,18 @@ class Session(Observer):
             return self.updates % every.steps == 0 and self._saved != self._here()
         return every.seconds is not None and time.monotonic() - self._saved_at >= every.seconds
 
+    def before_validation(self):
+        self._copy_state()  # a validation that does not end leaves no trace: it is begun anew
+        self._moving = True
+
+    def on_validation(self):
+        self._watchdog.alive()
+        if self._stop.is_due(self._team):
+            self._stop.end()
+
+    def after_validation(self):
+        self._moving = False
+
     def on_epoch(self, epoch, logs):
         self._writer.scalars("epoch", self.updates, epoch, logs)
         self._logs = logs
@@ -316,7 +330,8 @@ class Session(Observer):
             alone = self._team.size > 1 and error is not None and not self._stop.ended  # nobody else reads along
             if self._moving or alone:
                 state = self._copy
-                logging.warning("The step did not end: what is saved is the state after step %d.", state[0][0])
+                if not self._stop.ended:
+                    logging.warning("The step did not end: what is saved is the state after step %d.", state[0][0])
             else:
                 state = self._state()
             if self._saved != state[0]:
@@ -363,7 +378,8 @@ class Session(Observer):
 def make_state(model, loop, source):
     """Makes the state that the user's own `train_step` would make: an optimizer's moments, to be saved and restored."""
     if reproducibility.unbuilt_optimizers(model):
-        check_watches(loop, source)  # for its trace
+        with refusing_watches():
+            loop.build_optimizers(source)
     if left := reproducibility.unbuilt_optimizers(model):
         logging.warning(
             "Not built before the first step, so not saved: %s. Build it in __init__: optimizer.build(variables).",
@@ -371,12 +387,11 @@ def make_state(model, loop, source):
         )
 
 
-def check_watches(loop, source):
-    """Traces the step, which finds out whether what is watched is there."""
-    if loop._steps.eager:
-        return
+@contextlib.contextmanager
+def refusing_watches():
+    """A step that is traced finds out whether what is watched is there."""
     try:
-        loop._runner.program("train", source.spec).step  # noqa: B018
+        yield
     except ValueError as error:
         if str(error).startswith("watch("):
             raise Refused(f"--{error}") from error
