@@ -33,5 +33,5 @@ def is_finite(values, gradients):
 def column_sums(tensor):
     if tensor.shape.rank is None or tensor.shape.rank < 2:
         return tf.reshape(tensor, [-1])
-    flat = tf.reshape(tensor, [-1, tensor.shape[-1]])
+    flat = tf.reshape(tensor, [-1, tf.shape(tensor)[-1]])
     return tf.matmul(tf.ones([1, tf.shape(flat)[0]], flat.dtype), flat)[0]

@@ -190,7 +190,7 @@ class Part:
             return gradients
         weighted = [scaled(g, self.share) for g in there] if self._replica.count > 1 else there
         reduced = iter(self._replica.context.all_reduce(tf.distribute.ReduceOp.SUM, weighted))
-        found = [None if g is None else next(reduced) for g in gradients]
+        found = [None if g is None else shaped(next(reduced), g) for g in gradients]
         self._reduced += [g for g in found if g is not None]
         return found
 
@@ -326,6 +326,16 @@ def next_seed(replica, original, *args, **kwargs):
 
 
 # Numbers that may be known when the step is traced.
+
+
+def shaped(reduced, gradient):
+    """A sum over replicas, which knows the shape of what was added up, but for the number of slices."""
+    if isinstance(reduced, tf.IndexedSlices):
+        reduced.values.set_shape([None, *gradient.values.shape[1:]])
+        reduced.indices.set_shape([None])
+    elif not tf.executing_eagerly():
+        reduced.set_shape(gradient.shape)
+    return reduced
 
 
 def select(condition, one, other):

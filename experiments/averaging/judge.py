@@ -26,7 +26,7 @@ class Judge(keras.callbacks.Callback):
         self.epochs, self.curves = list(state["epochs"]), {k: list(v) for k, v in state["curves"].items()}
 
     def on_epoch_end(self, epoch, logs=None):
-        if int(self.average.count) == 0:
+        if int(self.average.count.numpy()) == 0:
             return
         self.epochs.append(epoch + 1)
         for name, accuracy in accuracies(self.model, self.train, self.test).items():

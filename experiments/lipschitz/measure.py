@@ -36,13 +36,19 @@ def gradient_cosines(model, x, y):
     with tfloop.capture(model) as t, tf.GradientTape() as tape:
         loss = loss_of(y, model(x, training=True))
         used = [t[f"used/{name}"] for name in LAYERS]
-    given, raw = tape.gradient(loss, ([v.value for v in variables], used))
+    given, raw = tape.gradient(loss, ([held(v) for v in variables], used))
     cosines = {
         name: (float(cosine(g, r)), float(cosine(g, v.value)))
         for name, g, r, v in zip(LAYERS, given, raw, variables, strict=True)
     }
     model.set_weights(before)
     return cosines
+
+
+def held(variable):
+    """The `tf.Variable` of a Keras variable; that of the first device, if a strategy has it on several."""
+    value = variable.value
+    return value.values[0] if isinstance(value, tf.distribute.DistributedValues) else value
 
 
 def stable_ranks(model, x):

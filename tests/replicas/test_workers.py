@@ -189,3 +189,9 @@ def test_what_is_missing_is_said_at_once(nurseries, tmp_path):
     status, said = nurseries[0].run(tmp_path / "run", "--strategy=multiworker", environment={"TF_CONFIG": ""})
     assert status == 2 and "TF_CONFIG" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_xla_is_refused_on_replicas(nurseries, tmp_path):
+    status, said = nurseries[0].run(tmp_path / "run", "--strategy=mirrored", "--jit=step")
+    assert status == 2 and "--jit=step: with --strategy=mirrored steps run as a graph" in said
+    assert not (tmp_path / "run").exists()

@@ -73,6 +73,11 @@ def prepare():
 
 def distribute():
     """Enters the scope of the strategy that the flags ask for, for the rest of the process."""
+    if FLAGS.jit in ("step", "loop"):
+        raise Refused(
+            f"--jit={FLAGS.jit}: with --strategy={FLAGS.strategy} steps run as a graph, not through XLA. "
+            "Leave --jit out."
+        )
     tf.get_logger().setLevel("WARNING")  # it would tell of every reduction
     if FLAGS.strategy == "mirrored":
         strategy = tf.distribute.MirroredStrategy()
@@ -147,7 +152,7 @@ def _run(name, best):
         settings=flags.values(),
     )
     run.seed = FLAGS.seed  # set before the model was built
-    print(f"Run folder: {shown(run.folder)}", file=sys.stderr, flush=True)
+    print(f"Run folder: {shown(run.shared)}", file=sys.stderr, flush=True)
     return run
 
 
@@ -200,7 +205,9 @@ def adapt(model):
         )
     if not model.compiled:
         raise Refused("The model is not compiled: call model.compile(optimizer=..., loss=...) before `train`.")
-    if FLAGS["jit"].present:
+    if FLAGS.strategy != "none":
+        model._choices["jit_compile"] = False  # whatever the binary says, which may not have thought of replicas
+    elif FLAGS["jit"].present:
         model._choices["jit_compile"] = JIT[FLAGS.jit]
     if FLAGS["accumulate"].present:
         model._choices["accumulate"] = FLAGS.accumulate
