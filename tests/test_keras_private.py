@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import threading
 
 import keras
 import numpy as np
@@ -195,3 +196,79 @@ def test_compiled_metrics_hold_the_users_metric_objects():
     model.evaluate(np.ones((2, 3)), [np.ones((2, 1))] * 2, verbose=0)
     assert accuracy in _keras.inner_metrics(model.metrics[1])
     assert _keras.inner_metrics(accuracy) == []
+
+
+def test_an_optimizer_knows_its_strategy():
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
+    assert _keras.optimizer_strategy(optimizer) is tf.distribute.get_strategy()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"weight_decay": 0.1}, {"use_ema": True, "ema_overwrite_frequency": 2}, {"gradient_accumulation_steps": 2}],
+)
+def test_updates_of_replicas_are_those_of_the_optimizer(options):
+    values = []
+    for context in (contextlib.nullcontext, _keras.updates_of_replicas):
+        variable = keras.Variable([1.0, -2.0, 3.0])
+        optimizer = keras.optimizers.Adam(0.1, **options)
+        with context():
+            for step in range(4):
+                optimizer.apply([tf.constant([0.1, 0.2, -0.3]) * (step + 1)], [variable])
+        values.append(variable.numpy())
+    np.testing.assert_array_equal(*values)
+
+
+def test_every_part_of_an_update_that_leaves_a_replica_is_replaced(monkeypatch):
+    """What Keras calls to leave a replica is not called."""
+
+    def left(*args):
+        raise AssertionError("it left the replica")
+
+    monkeypatch.setattr(tf.__internal__.distribute.interim, "maybe_merge_call", left)
+    variable = keras.Variable([1.0])
+    optimizer = keras.optimizers.AdamW(0.1, use_ema=True, ema_overwrite_frequency=1)
+    optimizer.build([variable])
+    with pytest.raises(AssertionError, match="left"):
+        optimizer.apply([tf.constant([1.0])], [variable])
+    with _keras.updates_of_replicas():
+        optimizer.apply([tf.constant([1.0])], [variable])
+
+
+def test_losses_are_scaled_by_the_functions_that_are_replaced(monkeypatch):
+    called = []
+    monkeypatch.setattr(_keras.loss_module, "scale_loss_for_distribution", lambda v: called.append(1) or v)
+    keras.losses.MeanSquaredError()(np.ones((2, 1)), np.zeros((2, 1)))
+    assert called
+    with _keras.losses_unscaled():
+        called.clear()
+        keras.losses.MeanSquaredError()(np.ones((2, 1)), np.zeros((2, 1)))
+    assert not called
+
+
+def test_another_thread_gets_the_seed_generator_and_the_policy():
+    found = []
+
+    def other():
+        _keras.take_process_state(state)
+        found.append((_keras.global_seed_generator(), keras.config.dtype_policy().name))
+
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        state = _keras.process_state()
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert found == [(_keras.global_seed_generator(), "mixed_bfloat16")]
+
+
+def test_assigned_variables_are_told():
+    seen = []
+    variable = keras.Variable(1.0)
+    with _keras.observing_assigns(seen.append):
+        variable.assign_add(1.0)
+        variable.assign(5.0)
+    variable.assign(6.0)
+    assert [v is variable for v in seen] == [True, True]
