@@ -382,6 +382,69 @@ def losses_unscaled():
         yield
 
 
+def reducing_losses(wrap):
+    """Within this, how `keras.losses.Loss` reduces the losses of a batch is `wrap(original)`."""
+    return patched(loss_module, "reduce_weighted_values", wrap)
+
+
+@contextlib.contextmanager
+def losses_by_thread(losses):
+    """While this is open, the losses that layers add are in the dict that `losses()` gives for the calling thread.
+
+    Keras has them in one list for each layer. Replicas run in threads, and change places wherever they wait for each
+    other: one would clear, or count, what another has added. `losses()` is `None` in threads that are no replica.
+    """
+
+    def add_loss(original):
+        @functools.wraps(original)
+        def add(layer, loss):
+            mine = losses()
+            if mine is None or in_stateless_scope():
+                return original(layer, loss)
+            added = keras.tree.flatten(loss)
+            for value in added:
+                if not tf.is_tensor(value):
+                    raise ValueError(f"add_loss: expected a tensor, made in `call`, got {value!r}.")
+            mine.setdefault(id(layer), []).extend(added)
+
+        return add
+
+    def own_losses(original):
+        @functools.wraps(original)
+        def own(layer):
+            mine = losses()
+            return original(layer) if mine is None or in_stateless_scope() else list(mine.get(id(layer), ()))
+
+        return own
+
+    def clear_losses(original):
+        @functools.wraps(original)
+        def clear(layer):
+            mine = losses()
+            if mine is None or in_stateless_scope():
+                return original(layer)
+            mine.pop(id(layer), None)
+            for sublayer in tracked_layers(layer):
+                sublayer._clear_losses()
+
+        return clear
+
+    with (
+        patched(keras.Layer, "add_loss", add_loss),
+        patched(keras.Layer, "_get_own_losses", own_losses),
+        patched(keras.Layer, "_clear_losses", clear_losses),
+    ):
+        yield
+
+
+def loss_denominator(sample_weight, mask, reduction, dtype):
+    """What a replica's weighted losses are divided by, if it is not the number of values; else `None`."""
+    if reduction == "mean_with_sample_weight":
+        weight = loss_module.apply_mask(sample_weight, mask, dtype, reduction)
+        return None if weight is None else tf.reduce_sum(tf.cast(weight, dtype))
+    return None if mask is None else tf.reduce_sum(tf.cast(mask, dtype))
+
+
 # What Keras keeps for each thread and a step needs: each replica has a thread of its own.
 _OF_THE_PROCESS = (seed_generator.GLOBAL_SEED_GENERATOR, "dtype_policy")
 

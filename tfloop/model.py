@@ -299,10 +299,12 @@ class Model(Adding, keras.Model):
         scale = _keras.loss_scale(optimizer)
         size = tf.cast(tf.size(loss), loss.dtype)
         seed = tf.ones_like(loss) * tf.cast(1.0 if scale is None else scale, loss.dtype) / size
+        step = current_step() if isinstance(current_step(), ModelStep) else None
+        if step is not None and step.part is not None:
+            seed *= tf.cast(step.part.share, loss.dtype)  # here, as the loss may depend on other replicas' examples
         gradients = tape.gradient(loss, [_keras.tensor_of(v) for v in variables], output_gradients=seed)
-        step = current_step()
-        if isinstance(step, ModelStep):
-            gradients = step.of_the_batch(gradients)
+        if step is not None:
+            gradients = step.of_the_batch(gradients, weighted=True)
         optimizer.apply(gradients, variables)
         return global_norm(gradients, scale)
 
@@ -372,6 +374,8 @@ class Model(Adding, keras.Model):
             if kind == "predict":
                 return returned
             applied.extend(step.applied)
+            if kind == "train" and self._guarded:
+                applied.extend(step.unseen_updates())
             lazily = getattr(type(self), f"{kind}_step") is getattr(Model, f"{kind}_step")
             return step.row(returned, lazily)
 

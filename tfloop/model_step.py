@@ -34,7 +34,7 @@ class ModelStep(Step):
 
     def __init__(self, model, kind, data, updates, accumulation=None, part=None):
         super().__init__(kind)
-        self._accumulation, self._part = accumulation, part
+        self._accumulation, self.part = accumulation, part
         if part is not None:
             self.uncompilable.append("a distribution strategy runs it on replicas")
         self._memo = accumulation.memo if accumulation else self._memo  # what happens once, once in all of them
@@ -58,6 +58,7 @@ class ModelStep(Step):
         self._paths = {id(layer): path for path, layer in names.walk(model)}
         self._gradients, self._old_weights, self._new_weights = {}, {}, {}
         self.applied = []  # gradients that went into updates, but for those that a loss scale looks after
+        self.written = []  # variables of updates whose gradients cannot be seen from here
         self._graph = current_graph()
 
     # What the step hears while it runs.
@@ -78,9 +79,9 @@ class ModelStep(Step):
         entry = self._added_metrics.setdefault((id(owner), name), (owner, name, aggregation, []))
         entry[-1].append(value)
 
-    def of_the_batch(self, gradients):
+    def of_the_batch(self, gradients, weighted=False):
         """The gradients of the whole batch, where this step has one replica's part of it."""
-        return gradients if self._part is None else self._part.reduced(gradients)
+        return gradients if self.part is None else self.part.reduced(gradients, weighted)
 
     def _of_the_update(self, optimizer, gradients, variables):
         """The gradients with which an optimizer is to make its update; `None` if it is to make none yet."""
@@ -97,8 +98,15 @@ class ModelStep(Step):
                 continue
             if scale is None and getattr(gradient, "graph", self._graph) is self._graph:
                 self.applied.append(gradient)
+            elif scale is None:  # within a tf.function, tf.cond or tf.while_loop: what became of it can be seen
+                self.written.append(variable)
             self._gradients[id(variable)] = Lazy(lambda g=gradient: unscaled(dense(g), scale))
             self._old_weights.setdefault(id(variable), read(variable))
+
+    def unseen_updates(self):
+        """The values of variables whose gradients could not be seen: of all that is trained, if none was."""
+        seen = self._gradients or self.written
+        return [read(v) for v in (self.written if seen else self.model.trainable_variables)]
 
     @contextlib.contextmanager
     def note_update(self, metric):
@@ -263,7 +271,7 @@ class ModelStep(Step):
             if metric is not None and lazily:
                 if not self._is_attribute(metric):
                     yield name, (Result(name, reader(metric, path)), self._own_value(metric))
-            elif metric is not None and self._part is not None:  # a running value of all replicas together
+            elif metric is not None and self.part is not None:  # a running value of all replicas together
                 self._returned.append(metric)
                 yield name, (Result(name, reader(metric, path)), self._own_value(metric))
             elif metric is not None:

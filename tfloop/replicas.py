@@ -20,6 +20,7 @@ import tensorflow as tf
 from tfloop import _keras, terms
 from tfloop.accumulation import scaled
 from tfloop.row import over_rows
+from tfloop.step import current_step
 
 SUPPORTED = (
     tf.distribute.MirroredStrategy,
@@ -157,10 +158,11 @@ class Replica:
         # A batch of fewer examples than replicas: each has all of them, and those of the first count.
         few = size < self.count
         start, length = select(few, 0, start), select(few, size, length)
-        share = select(few, 1.0 / self.count, ratio(length, size))
+        fraction = select(few, 1.0, ratio(length, size))
+        share = select(few, 1.0 / self.count, fraction)
         counts = True if self.index == 0 else select(few, False, True)
         mine = tf.nest.map_structure(lambda leaf: cut(leaf, start, length), data)
-        return Part(self, mine, share, counts)
+        return Part(self, mine, share, counts, fraction)
 
 
 class Part:
@@ -171,10 +173,11 @@ class Part:
         data: its examples.
         share: of the whole batch, a number or a float scalar.
         counts: whether its metrics count, or repeat what another replica has.
+        fraction: of the examples of the batch; all of them, where there are fewer than replicas.
     """
 
-    def __init__(self, replica, data, share=1.0, counts=True):
-        self.data, self.share, self.counts = data, share, counts
+    def __init__(self, replica, data, share=1.0, counts=True, fraction=1.0):
+        self.data, self.share, self.counts, self.fraction = data, share, counts, fraction
         self._replica = replica
         self._reduced = []
 
@@ -182,14 +185,18 @@ class Part:
     def replicated(self):
         return self._replica.context is not None
 
-    def reduced(self, gradients):
-        """The gradients of the whole batch; those that are so already as they are."""
+    def reduced(self, gradients, weighted=False):
+        """The gradients of the whole batch; those that are so already as they are.
+
+        `weighted`: whether they are of a loss that was weighted by the share already.
+        """
         gradients = list(gradients)
         there = [g for g in gradients if g is not None]
         if self._replica.context is None or all(any(g is r for r in self._reduced) for g in there):
             return gradients
-        weighted = [scaled(g, self.share) for g in there] if self._replica.count > 1 else there
-        reduced = iter(self._replica.context.all_reduce(tf.distribute.ReduceOp.SUM, weighted))
+        if self._replica.count > 1 and not weighted:
+            there = [scaled(g, self.share) for g in there]
+        reduced = iter(self._replica.context.all_reduce(tf.distribute.ReduceOp.SUM, there))
         found = [None if g is None else shaped(next(reduced), g) for g in gradients]
         self._reduced += [g for g in found if g is not None]
         return found
@@ -229,7 +236,11 @@ def on_replicas(model, function):
         guarded.append(finite is not None)
         return tf.concat([row, [1.0 if finite is None else tf.cast(finite, row.dtype)]], 0)[None]
 
-    rows = strategy.gather(on_each_replica(strategy, on_one), 0)
+    rows = on_each_replica(strategy, on_one)
+    if any(layout.columns != layouts[0].columns for layout in layouts):
+        measured = [[column.name for column in layout.columns] for layout in layouts]
+        raise ValueError(f"The replicas of a step must measure the same things. They measured {measured}.")
+    rows = strategy.gather(rows, 0)
     finite = tf.reduce_min(rows[:, -1]) > 0 if any(guarded) else None
     return over_rows(rows[:, :-1], layouts[0]), layouts[0], finite
 
@@ -246,13 +257,13 @@ def on_each_replica(strategy, function):
         def note(variable):
             written[id(variable)] = variable
 
-        _local.replica = replica
+        _local.replica, _local.losses = replica, {}
         _keras.take_process_state(shared)
         try:
             with _keras.observing_assigns(note):
                 found = function(replica)
         finally:
-            _local.replica = None
+            _local.replica = _local.losses = None
         average_over_replicas(written.values(), context)
         return found
 
@@ -284,6 +295,8 @@ def replicated():
         ):
             stack.enter_context(_keras.patched(owner, name, on_a_replica(replacement)))
         stack.enter_context(_keras.losses_unscaled())
+        stack.enter_context(_keras.reducing_losses(on_a_replica(reduced_loss)))
+        stack.enter_context(_keras.losses_by_thread(lambda: getattr(_local, "losses", None)))
         stack.enter_context(_keras.updates_of_replicas())
         yield
 
@@ -314,6 +327,24 @@ def average_loss(replica, original, per_example_loss, sample_weight=None, global
 
 def regularization_loss(replica, original, regularization_loss):
     return tf.reduce_sum(regularization_loss)
+
+
+def reduced_loss(replica, original, values, sample_weight=None, mask=None, reduction="sum_over_batch_size", dtype=None):
+    """A Keras loss of a part, such that the parts' mean by their shares is the loss of the whole batch.
+
+    For a mean over examples it is the part's own. A sum, and a mean over what a mask or weights leave, are not.
+    """
+    loss = original(values, sample_weight, mask, reduction, dtype)
+    part = getattr(current_step(), "part", None)
+    if part is None or replica.count == 1 or reduction in (None, "none"):
+        return loss
+    if reduction == "sum":
+        return loss / tf.cast(part.fraction, loss.dtype)
+    mine = _keras.loss_denominator(sample_weight, mask, reduction, loss.dtype)
+    if mine is None:
+        return loss
+    whole = replica.context.all_reduce(tf.distribute.ReduceOp.SUM, mine)
+    return loss * tf.math.divide_no_nan(mine, whole) / tf.cast(part.share, loss.dtype)
 
 
 def next_seed(replica, original, *args, **kwargs):

@@ -318,9 +318,9 @@ def _attributes(layer, kinds):
 
 def _other_variables(layer):
     """The state of a layer that Keras does not count among its weights."""
-    kinds = (keras.random.SeedGenerator, tf.random.Generator, tf.Variable)
+    kinds = (keras.random.SeedGenerator, tf.random.Generator, tf.Variable, keras.Variable)
     for name, value in _attributes(layer, kinds):
-        yield name, value if isinstance(value, tf.Variable) else value.state
+        yield name, value if isinstance(value, tf.Variable | keras.Variable) else value.state
     for index, generator in enumerate(_keras.seed_generators(layer)):
         yield f"seed_generators/{index}", generator.state
 

@@ -103,3 +103,59 @@ def test_a_fit_after_that_is_not_guarded():
     model.fit(X, Y, batch_size=BATCH, verbose=0, callbacks=[guard])
     model.fit(poisoned((0,)), Y, batch_size=BATCH, verbose=0)
     assert np.isnan(model.get_weights()[0]).all()
+
+
+class Hidden(tfloop.Model):
+    """Its gradient is not finite where its loss is, and the update is made in a graph of its own."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.layer, self.how = layers.Dense(2, use_bias=False), how
+
+    def call(self, x):
+        return self.layer(x)
+
+    def update(self, x):
+        with tf.GradientTape() as tape:
+            loss = tf.sqrt(tf.reduce_sum(self.layer(x) ** 2))
+        variables = self.layer.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return loss
+
+    inner = tf.function(update)
+
+    def train_step(self, x):
+        if self.how == "function":
+            return {"loss": self.inner(x)}
+        return {"loss": tf.cond(tf.reduce_sum(x) > -1e9, lambda: self.update(x), lambda: 0.0)}
+
+
+@pytest.mark.parametrize("how", ["function", "cond"])
+def test_a_gradient_within_another_graph_is_seen(how):
+    found = []
+    for x in (np.concatenate([X[:8], 0 * X[:4], X[8:16]]), X[:16]):
+        tfloop.set_seed(3)
+        model = Hidden(how)
+        model(X[:1])
+        model.compile("sgd", jit_compile=False)
+        model.fit(x, batch_size=BATCH, shuffle=False, verbose=0, callbacks=[Guard()])
+        found.append(model.get_weights())
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_the_states_of_a_recurrent_layer_are_taken_back():
+    found = []
+    sequences = np.random.default_rng(0).normal(size=(20, 5, 3)).astype("float32")
+    bad = sequences.copy()
+    bad[9] = np.nan
+    for x in (bad, sequences[[i for i in range(20) if i // BATCH != 2]]):
+        tfloop.set_seed(3)
+        inputs = keras.Input((5, 3), batch_size=BATCH)
+        model = tfloop.Model(inputs, layers.Dense(1)(layers.LSTM(4, stateful=True)(inputs)))
+        model.add_loss(lambda t: keras.ops.mean(t["y_pred"] ** 2))
+        model.compile("adam", jit_compile=False)
+        model.fit(x, batch_size=BATCH, shuffle=False, verbose=0, callbacks=[Guard()])
+        found.append(reproducibility.snapshot(reproducibility.state_variables(model)))
+    assert any("states" in name for name in found[0])
+    assert reproducibility.first_difference(*found) is None

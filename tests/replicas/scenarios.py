@@ -156,6 +156,57 @@ def synchronized_batch_norm():
 
 
 @scenario
+def synchronized_batch_norm_of_uneven_parts():
+    return fitted(with_batch_norm(True), batch_size=23)
+
+
+@scenario
+def added_losses_around_a_synchronization():
+    """Replicas change places in the middle of the model."""
+
+    class Model(tfloop.Model):
+        def __init__(self):
+            super().__init__()
+            self.hidden = layers.Dense(7, activity_regularizer=keras.regularizers.L2(0.1))
+            self.norm, self.logits = layers.BatchNormalization(synchronized=True), layers.Dense(3)
+
+        def call(self, x, training=False):
+            h = self.hidden(x)
+            self.add_loss(0.1 * ops.mean(h**2), name="before")
+            h = self.norm(h, training=training)
+            self.add_loss(0.1 * ops.mean(ops.abs(h)), name="after")
+            return self.logits(h)
+
+    model = Model()
+    model.compile(keras.optimizers.SGD(0.1), crossentropy(), jit_compile=False)
+    return fitted(model)
+
+
+@scenario
+def masked():
+    inputs = keras.Input((6,), dtype="int32")
+    hidden = layers.Embedding(9, 4, mask_zero=True)(inputs)
+    model = tfloop.Model(inputs, layers.Dense(3)(layers.LSTM(5, return_sequences=True)(hidden)))
+    model.compile(keras.optimizers.SGD(0.1), crossentropy(), jit_compile=False)
+    rng = np.random.default_rng(2)
+    ids = rng.integers(1, 9, (70, 6)) * (np.arange(6) < rng.integers(1, 7, (70, 1)))
+    return fitted(model, (ids, rng.integers(0, 3, (70, 6))), validation_data=(ids[:9], ids[:9] % 3))
+
+
+def with_loss(**options):
+    def run():
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, **options)
+        return fitted(dense(loss=loss, optimizer=keras.optimizers.SGD(0.01)), sample_weight=np.linspace(0, 2, 70))
+
+    return run
+
+
+SCENARIOS["summed"] = with_loss(reduction="sum")
+SCENARIOS["mean_of_weights"] = with_loss(reduction="mean_with_sample_weight")
+SCENARIOS["ignored_class"] = with_loss(ignore_class=0)
+
+
+@scenario
 def batch_norm():
     """One step on 14 examples, that leaves the weights as they are."""
     layer = layers.BatchNormalization(momentum=0.9)

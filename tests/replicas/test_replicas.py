@@ -18,6 +18,8 @@ EQUAL = {
     "own steps": "KerasStyle Naive Careful Constant Minimized two_optimizers eagerly weight_average",
     "layers and optimizers": "clipped_globally optimizer_average optimizer_accumulates embedding "
     "synchronized_batch_norm spectral_norm",
+    "sums that cross replicas": "synchronized_batch_norm_of_uneven_parts added_losses_around_a_synchronization masked "
+    "summed mean_of_weights ignored_class",
 }
 
 

@@ -202,7 +202,8 @@ class Loop:
                 publish = publish or self._steps.publisher()  # after the trace, which may make metrics
                 if hooks.listening:
                     publish(values)
-                end(position.batch - 1, values)
+                if values:  # there are none before the first step that was not taken back
+                    end(position.batch - 1, values)
                 observer.after_chunk()
                 try:
                     yield record
