@@ -1,6 +1,6 @@
 """Keeping: whether the numbers of a training step are finite, decided in the step.
 
-The row of a step that are not has its number of examples negative: `loop/keeper.py` takes such a step back.
+The row of a step whose numbers are not has its number of examples negative: `loop/keeper.py` takes it back.
 """
 
 import tensorflow as tf

@@ -105,6 +105,8 @@ class ModelStep(Step):
 
     def unseen_updates(self):
         """The values of variables whose gradients could not be seen: of all that is trained, if none was."""
+        if not self._ends:  # one of several batches that make an update together, and not the last
+            return []
         seen = self._gradients or self.written
         return [read(v) for v in (self.written if seen else self.model.trainable_variables)]
 

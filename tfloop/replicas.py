@@ -130,9 +130,9 @@ def current_team():
 
 
 def copies(variable):
-    """The variables of the devices here that a variable stands for; itself, where there is no strategy.
+    """The variables on the devices of this process that a variable stands for; itself, where there is no strategy.
 
-    To read them no process needs another; to read a metric's variable on several of them all must.
+    A process reads them alone. The sum of a metric's variable over several processes only all of them can read.
     """
     value = _keras.tensor_of(variable)
     return list(value.values) if isinstance(value, tf.distribute.DistributedValues) else [value]
@@ -315,14 +315,11 @@ def on_a_replica(replacement):
 
 
 def average_loss(replica, original, per_example_loss, sample_weight=None, global_batch_size=None):
-    per_example_loss = tf.convert_to_tensor(per_example_loss)
-    examples = tf.shape(per_example_loss)[0]
     total = original(per_example_loss, sample_weight, 1)
     if global_batch_size is None:
-        return total / tf.cast(examples, total.dtype)
-    # Divided by a number that may be another than that of the batch: so it stays, in the sum over the replicas.
-    whole = replica.context.all_reduce(tf.distribute.ReduceOp.SUM, examples)
-    return total * tf.cast(whole, total.dtype) / tf.cast(global_batch_size * examples, total.dtype)
+        return total / tf.cast(tf.shape(per_example_loss)[0], total.dtype)
+    # A number of the user's, which may be another than that of the batch.
+    return total / tf.cast(global_batch_size, total.dtype) / tf.cast(current_step().part.fraction, total.dtype)
 
 
 def regularization_loss(replica, original, regularization_loss):
@@ -356,9 +353,6 @@ def next_seed(replica, original, *args, **kwargs):
     return tf.cast(tf.bitcast(folded, tf.uint32), seed.dtype)
 
 
-# Numbers that may be known when the step is traced.
-
-
 def shaped(reduced, gradient):
     """A sum over replicas, which knows the shape of what was added up, but for the number of slices."""
     if isinstance(reduced, tf.IndexedSlices):
@@ -367,6 +361,9 @@ def shaped(reduced, gradient):
     elif not tf.executing_eagerly():
         reduced.set_shape(gradient.shape)
     return reduced
+
+
+# Numbers that may be known when the step is traced.
 
 
 def select(condition, one, other):

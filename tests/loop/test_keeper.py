@@ -16,7 +16,7 @@ X, Y = data(40)  # ten batches
 
 
 class Guard(Observer):
-    """Takes back what is not finite, in chunks of four steps. `rows`: what it saw."""
+    """Takes back what is not finite, in chunks of four steps. `sizes`: the numbers of examples that it saw."""
 
     def __init__(self, halts=False):
         super().__init__()

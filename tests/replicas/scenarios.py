@@ -312,13 +312,17 @@ class Minimized(KerasStyle):
         return {"loss": loss, "norm": norm}
 
 
-def own_step(cls):
+def own_step(cls, batch_size=14):
     def run():
         model = cls()
         model.compile(keras.optimizers.SGD(0.1), crossentropy(), jit_compile=False)
-        return fitted(model, batch_size=14, validation_data=None)
+        return fitted(model, batch_size=batch_size, validation_data=None)
 
     return run
+
+
+for cls in (Constant, Careful):
+    SCENARIOS[f"{cls.__name__}_uneven"] = own_step(cls, 23)
 
 
 for cls in (KerasStyle, Naive, Careful, Constant, Minimized):

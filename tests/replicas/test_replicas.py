@@ -15,7 +15,8 @@ HERE = Path(__file__).parent
 EQUAL = {
     "the loop": "terms dataset dataset_of_unknown_size generator sample_weights accumulated single_batches skipped "
     "one_replica averages",
-    "own steps": "KerasStyle Naive Careful Constant Minimized two_optimizers eagerly weight_average",
+    "own steps": "KerasStyle Naive Careful Careful_uneven Constant Constant_uneven Minimized two_optimizers eagerly "
+    "weight_average",
     "layers and optimizers": "clipped_globally optimizer_average optimizer_accumulates embedding "
     "synchronized_batch_norm spectral_norm",
     "sums that cross replicas": "synchronized_batch_norm_of_uneven_parts added_losses_around_a_synchronization masked "

@@ -84,7 +84,7 @@ class Checkpoints:
         self.keep = keep
         self.best = metric, mode
         self.saved_step: int | None = None  # of the last save that is on disk
-        self._metrics: dict[str, dict] = {}  # of the checkpoints that this process wrote
+        self._metrics: dict[str, dict] = {}  # of checkpoints, as written or read, by name
         self._at, self._sleep = at, sleep
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -257,6 +257,7 @@ class Checkpoints:
             return
         trash = self.folder / (TRASH + name)
         os.rename(path, trash)  # gone at once: a kill in between leaves no half checkpoint
+        self._metrics.pop(name, None)
         self._remove(trash)
 
     def _clear(self, prefix):

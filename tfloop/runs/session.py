@@ -331,7 +331,7 @@ class Session(Observer):
             if self._moving or alone:
                 state = self._copy
                 if not self._stop.ended:
-                    logging.warning("The step did not end: what is saved is the state after step %d.", state[0][0])
+                    logging.warning("What was under way did not end: the state after step %d is saved.", state[0][0])
             else:
                 state = self._state()
             if self._saved != state[0]:
