@@ -22,7 +22,7 @@ def checkpoint(model, folder):
     """A checkpoint as a run writes it, of a whole state and something else."""
     tensors = {n: v.numpy() for n, v in reproducibility.state_variables(model).items()}
     folder.mkdir()
-    checkpoint_file.write(folder, 7, {**tensors, "loop/step": np.array(7)}, {}, {}, at=lambda point: None)
+    checkpoint_file.write(folder, 7, {**tensors, "loop/step": np.array(7)}, "{}", {}, at=lambda point: None)
     return folder
 
 

@@ -26,7 +26,7 @@ from tfloop.runs.writers import (
     jsonl,
 )
 from tfloop.runs.writers.append_file import AppendFile, cut_after
-from tfloop.runs.writers.curves import POINTS, Curve
+from tfloop.runs.writers.curves import FIRST, POINTS, SHARE, Curve
 
 
 def strict(text):
@@ -465,11 +465,13 @@ def test_curves_cost_a_small_share_of_the_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr("tfloop.runs.writers.curves.draw", draw)
     writer = Curves(tmp_path / "curves.png", tmp_path / "none", clock=lambda: now[0])
-    for _ in range(100):
+    for _ in range(600):
         train(writer, 1, 1)
         writer.flush()
         now[0] += 1.0
-    assert len(drawn) == 2
+    first, second, third = drawn
+    assert first == FIRST
+    assert min(second - first, third - second) >= 1.0 / SHARE  # a drawing takes a second
 
 
 def test_without_matplotlib_there_is_one_line_and_no_picture(tmp_path, monkeypatch, caplog):

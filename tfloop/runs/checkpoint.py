@@ -6,9 +6,9 @@ ones deleted. Order is by step, never by time. What is damaged is skipped with a
 
 import math
 import os
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +54,7 @@ class _Job(NamedTuple):
 
     step: int
     arrays: dict
-    manifest: dict
+    manifest: str  # as JSON
     metrics: dict
     before_commit: Callable[[], None]
 
@@ -86,7 +86,8 @@ class Checkpoints:
         self.saved_step: int | None = None  # of the last save that is on disk
         self._metrics: dict[str, dict] = {}  # of checkpoints, as written or read, by name
         self._at, self._sleep = at, sleep
-        self._thread: threading.Thread | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._save: Future | None = None  # the one under way
         self._error: BaseException | None = None
         self._failures = 0
 
@@ -95,7 +96,7 @@ class Checkpoints:
     @property
     def busy(self):
         """Whether a save is under way: another would have to wait for it."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._save is not None and not self._save.done()
 
     def save(
         self,
@@ -118,12 +119,11 @@ class Checkpoints:
         arrays = checkpoint_file.checked(tensors)
         if copy:
             arrays = {name: np.array(array, order="C") for name, array in arrays.items()}
-        manifest = files.from_json(files.to_json(manifest))  # a copy, and an error here if it cannot be
-        job = _Job(int(step), arrays, manifest, dict(metrics or {}), before_commit)
+        text = files.to_json(manifest)  # a copy, and an error here if it cannot be
+        job = _Job(int(step), arrays, text, dict(metrics or {}), before_commit)
         self._join()
         self._raise_unless_passing()
-        self._thread = threading.Thread(target=self._run, args=(job,), name=f"checkpoint {step}")
-        self._thread.start()
+        self._save = self._thread.submit(self._run, job)
         if wait:
             self.wait()
 
@@ -135,9 +135,9 @@ class Checkpoints:
             raise CheckpointError(f"The last checkpoint was not written: {error}") from error
 
     def _join(self):
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._save is not None:
+            self._save.result()
+            self._save = None
 
     def _raise_unless_passing(self):
         error, self._error = self._error, None
