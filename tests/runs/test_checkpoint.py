@@ -97,14 +97,16 @@ def test_arrays_that_are_views_come_back_in_their_order(tmp_path):
 def test_the_state_is_copied_out_before_save_returns(tmp_path):
     go = threading.Event()
     checkpoints = Checkpoints(tmp_path, at=lambda point: go.wait(10))
-    tensors = state(1)
-    checkpoints.save(1, tensors, {})
+    tensors, manifest = state(1), {"history": [1]}
+    checkpoints.save(1, tensors, manifest)
     assert checkpoints.busy
     tensors["w"][:] = 99  # the next step
+    manifest["history"].append(2)
     go.set()
     checkpoints.wait()
     assert not checkpoints.busy
-    assert same(checkpoints.restore_latest().tensors, state(1))
+    restored = checkpoints.restore_latest()
+    assert same(restored.tensors, state(1)) and restored.manifest == {"history": [1]}
 
 
 def test_at_most_one_save_is_in_flight(tmp_path):

@@ -14,10 +14,8 @@ from tfloop.runs.writers.writer import Writer
 
 # Points kept of a curve: when there are twice as many, neighbours are averaged.
 POINTS = 500
-# Drawing takes some tenths of a second, the first time about one: at checkpoints at most this share of the time, and
-# not before FIRST seconds, so that checkpoints of a short run cost what a checkpoint costs.
+# Drawing takes some tenths of a second: at checkpoints at most this share of the time.
 SHARE = 0.005
-FIRST = 30.0
 
 
 class Curve:
@@ -54,8 +52,8 @@ class Curves(Writer):
         self.log = log
         self._clock = clock
         self._curves: dict[tuple[str, str], Curve] = {}
-        self._drawn_at = clock()
-        self._cost = FIRST * SHARE  # a guess
+        self._drawn_at = -math.inf
+        self._cost = 0.0
         self._changed = False
 
     def rows(self, split, steps, epoch, names, values, present=None):
