@@ -73,6 +73,14 @@ def test_rehearsals_write_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(("flags", "batches"), [([], 45), (["--overfit_one_batch"], 1)])
+def test_one_batch_is_the_same_in_every_step(tmp_path, flags, batches):
+    """With a rate that moves no weight, losses tell batches apart."""
+    classifier(tmp_path / "run", "--epochs=1", "--learning_rate=1e-30", "--log=", *flags)
+    losses = [row["loss"] for row in records(tmp_path / "run") if row["split"] == "train"]
+    assert len(losses) == 45 and len(set(losses)) == batches
+
+
 def test_without_a_workdir_every_run_has_a_new_folder(tmp_path):
     for number in (1, 2):
         heard = classifier(
@@ -83,6 +91,21 @@ def test_without_a_workdir_every_run_has_a_new_folder(tmp_path):
     assert [folder.name for folder in folders] == ["1", "2"]
     first, second = (json.loads((folder / "summary.json").read_text()) for folder in folders)
     assert first["fingerprint"] == second["fingerprint"]  # deterministic
+
+
+@pytest.mark.parametrize("flag", ["--deterministic", "--nodeterministic"])
+def test_operations_are_deterministic_if_asked_for(flag):
+    code = """
+from absl import app
+import tfloop
+from tfloop import _keras
+tfloop.binary.define_flags()
+app.run(lambda argv: print(_keras.are_operations_deterministic()))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, "-c", code, flag]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    assert done.stdout.strip() == str(flag == "--deterministic"), done.stderr
 
 
 def test_the_readmes_own_binary_runs(tmp_path):
