@@ -12,6 +12,7 @@ import hypothesis
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # GPUs are compared with NumPy's float32, not in TF32
 
 # The first example of a property traces a graph: a deadline would fail it for being first. The same commit meets
 # the same examples every time.

@@ -21,7 +21,8 @@ class Nursery:
     """`run(folder, *flags)` runs a script of these tests in a fresh process to its end, or kills it on the way."""
 
     def __init__(self, script=HERE / "runs" / "stateful.py"):
-        environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "TF_CPP_MIN_LOG_LEVEL": "3"}
+        path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "3"}
         command = [sys.executable, __file__, str(script)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

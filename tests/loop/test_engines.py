@@ -8,6 +8,7 @@ from keras import layers
 from loop_models import ENGINES, Chunks, Counting, compiled, data, dataset, fresh
 
 import tfloop
+from tfloop.loop import engine as engines
 from tfloop.loop.source import make_source
 
 
@@ -50,6 +51,18 @@ def test_engines_agree_after_fifty_steps():
     for weights in (found[e] for e in ("graph", "jit", "scan")):
         for ours, eager in zip(weights, found["eager"], strict=True):
             np.testing.assert_allclose(ours, eager, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"steps_per_execution": 5}, {"steps_per_execution": 16}])
+def test_steps_made_together_are_the_same_steps(options, monkeypatch):
+    """40 batches and a short one, 16 together: chunks of 40, of 5 and of 16."""
+    x, y = data(162)
+    options = {**ENGINES["scan"], **options}
+    apart, history = fitted(x, y, options)
+    monkeypatch.setattr(engines, "on_gpu", lambda: True)
+    together, other_history = fitted(x, y, options)
+    assert tfloop.fingerprint(apart) == tfloop.fingerprint(together)
+    assert history == other_history
 
 
 FORMS = {

@@ -127,9 +127,20 @@ def test_what_cannot_compile_is_dropped_with_its_reason():
     assert choice.engine == "graph" and "scan" in choice.why and "Unique" in choice.why and "more" not in choice.why
 
 
-def test_convolutions_are_not_tried_in_a_compiled_loop():
+def test_convolutions_are_not_tried_in_a_compiled_loop_on_cpus(monkeypatch):
+    monkeypatch.setattr(tuner, "on_gpu", lambda: False)
     choice, runner, _ = chosen(1_000_000, LARGE, operations=["Conv2D", "Conv2DBackpropFilterV2"] * 50)
     assert set(runner.runs) == {"graph", "jit"} and choice.engine == "jit"
+    monkeypatch.setattr(tuner, "on_gpu", lambda: True)
+    _, runner, _ = chosen(1_000_000, LARGE, operations=["Conv2D", "Conv2DBackpropFilterV2"] * 50)
+    assert set(runner.runs) == {"graph", "jit", "scan"}
+
+
+def test_gpus_are_given_more_time_to_compile(monkeypatch):
+    slow = {"graph": 7.0, "scan": 15.0, "jit": 15.0}
+    for gpu, engines in ((False, {"graph"}), (True, {"graph", "scan", "jit"})):
+        monkeypatch.setattr(tuner, "on_gpu", lambda gpu=gpu: gpu)
+        assert set(chosen(10_000_000, LARGE, slow)[1].runs) == engines
 
 
 @pytest.mark.parametrize("operation", ["RandomUniform", "EagerPyFunc"])

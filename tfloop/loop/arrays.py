@@ -6,15 +6,14 @@ ones, and `numpy.memmap`s, are gathered on the host, in a thread, one chunk ahea
 
 import concurrent.futures
 import functools
-import os
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from tfloop.loop.devices import on_gpu, resident_bytes
 from tfloop.loop.feed import Feed, as_tensor, empty, flat, nbytes, padded, patiently, power_of_two
 
-RESIDENT_SHARE = 0.25  # of the machine's memory
 BLOCK_BYTES = 32 * 2**20  # of the batches of one chunk, where these are gathered on the host
 
 
@@ -192,12 +191,16 @@ class GatheringFeeder:
 
 
 def resident(array):
-    """A tensor with what an array holds now. Copied once, where `tf.convert_to_tensor` has two copies for a while."""
+    """A tensor with what an array holds now, where steps run.
+
+    Copied once, where `tf.convert_to_tensor` has two copies for a while.
+    """
     if not can_gather([array]):
         return tf.convert_to_tensor(array)
     made = empty(array.shape, dtype_of(array))
     made[...] = array
-    return as_tensor(made)
+    tensor = as_tensor(made)
+    return tf.identity(tensor) if on_gpu() else tensor
 
 
 def filled_up(array, capacity):
@@ -222,11 +225,6 @@ def block_capacity(spec):
 
 def can_gather(arrays):
     return all(isinstance(a, np.ndarray) and a.dtype.kind in "fiub" for a in arrays)
-
-
-def resident_bytes():
-    """How many bytes of arrays may stay where the steps run."""
-    return RESIDENT_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def dtype_of(array):

@@ -12,12 +12,17 @@ import numpy as np
 import tensorflow as tf
 
 from tfloop.loop import random_numbers
+from tfloop.loop.devices import on_gpu
 from tfloop.loop.feed import batch_of, flat, packed, spec_of
 from tfloop.loop.record import Record
 from tfloop.plain import plain_variable
 
 ENGINES = ("eager", "graph", "jit", "scan")
 COMPILED = ("jit", "scan")
+
+# Steps that a compiled chunk makes without asking if there is another. A GPU has to be waited for at each such
+# question, and a small step takes no longer than that.
+TOGETHER_ON_GPU = 16
 
 
 class Program:
@@ -89,17 +94,23 @@ class Program:
             traced = step = self.traced(engine in COMPILED)  # before the loop: its layout says how wide the rows are
             if engine == "jit":
                 step = tf.function(lambda *tensors: traced(*tensors), autograph=False, jit_compile=True)
-            body = functools.partial(self._chunk, step, feed.kind, feed.capacity)
+            together = TOGETHER_ON_GPU if engine == "scan" and on_gpu() else 1
+            body = functools.partial(self._chunk, step, feed.kind, feed.capacity, together)
             self._chunks[key] = tf.function(body, autograph=False, jit_compile=engine == "scan")
         return self._chunks[key]
 
-    def _chunk(self, step, feed_kind, capacity, args, count):
-        def body(i, rows):
+    def _chunk(self, step, feed_kind, capacity, together, args, count):
+        def one(i, rows):
             row = step(*batch_of(feed_kind, args, i))
             return i + 1, tf.tensor_scatter_nd_update(rows, [[i]], [row])
 
-        rows = tf.zeros((capacity, self.layout.width), self.dtype)
-        _, rows = tf.while_loop(lambda i, _: i < count, body, (tf.constant(0), rows))
+        def several(i, rows):
+            return tf.while_loop(lambda j, *_: j < together, lambda j, *at: (j + 1, *one(*at)), (0, i, rows))[1:]
+
+        at = tf.constant(0), tf.zeros((capacity, self.layout.width), self.dtype)
+        if 1 < together <= capacity:
+            at = tf.while_loop(lambda i, _: i <= count - together, several, at)
+        _, rows = tf.while_loop(lambda i, _: i < count, one, at)
         return rows, self.results()
 
     def stream(self, capacity):

@@ -12,11 +12,12 @@ import time
 import tensorflow as tf
 
 from tfloop import _keras
-from tfloop.loop.arrays import resident_bytes
+from tfloop.loop.devices import host_bytes, on_gpu
 from tfloop.loop.feed import flat, nbytes
 
 SHARE = 0.05  # of the expected run, for the trial
 MOST = 10.0  # seconds, for the trial
+MOST_ON_GPU = 60.0  # there XLA tries several kernels for each product and convolution, and steps gain more
 LEAST = 50  # steps: no run shorter than this is worth a trial
 MEASURED = 0.02  # seconds, for one measurement of one engine, if a step takes less
 ROUNDS = 4  # further measurements of each engine that is still in the race
@@ -108,6 +109,7 @@ class Trial:
         self._runner, self._program, self._steps, self._clock = runner, program, steps, clock
         self._began = clock()
         self._source, self._capacity = source, capacity
+        self._most = MOST_ON_GPU if on_gpu() else MOST
         self._feeds = {}
         self._times = {}  # engine -> seconds a step, of each measurement
         self._compiling = {}  # engine -> seconds
@@ -172,7 +174,7 @@ class Trial:
         rivals = [s for e, s in self._compiling.items() if e != "graph"]
         cost = max(rivals or [2 * self._graph, COMPILING * len(self._program.operations)])
         expected = self._steps * min(map(min, self._times.values()))
-        if self._spent() + cost > MOST:
+        if self._spent() + cost > self._most:
             return False
         if not rivals and self._is_overhead() and cost < expected / 4:
             return True  # the engine itself will save more
@@ -185,7 +187,7 @@ class Trial:
         """Measures those that are still in the race in turns, so that what else the machine does meets all alike."""
         for _ in range(ROUNDS):
             racing = [e for e in self._times if not self._is_lost(e)]
-            if len(racing) < 2 or self._spent() > MOST:
+            if len(racing) < 2 or self._spent() > self._most:
                 return
             for engine in racing:
                 self._measure(engine)
@@ -209,8 +211,7 @@ class Trial:
 
 def rivals(operations, overhead):
     """The engines worth a trial beside `graph`, the more promising first."""
-    on_cpu = not tf.config.list_logical_devices("GPU")
-    if on_cpu and any(op.startswith(CONVOLUTIONS) for op in operations):
+    if not on_gpu() and any(op.startswith(CONVOLUTIONS) for op in operations):
         return ("jit",)
     return ("scan", "jit") if overhead else ("jit", "scan")
 
@@ -226,13 +227,14 @@ def may_try(program):
     specs = flat(program.spec)
     if not all(isinstance(s, tf.TensorSpec) and s.dtype != tf.string for s in specs):
         return False
-    return UNREPEATABLE.isdisjoint(program.operations) and nbytes(program.variables) < resident_bytes()
+    return UNREPEATABLE.isdisjoint(program.operations) and nbytes(program.variables) < host_bytes()
 
 
 @contextlib.contextmanager
 def unchanged(variables):
-    """Sets variables back to what they were."""
-    values = [v.read_value() for v in variables]
+    """Sets variables back to what they were. What they were is kept in the machine's memory."""
+    with tf.device("CPU:0"):
+        values = [tf.identity(v.read_value()) for v in variables]
     try:
         yield
     finally:
