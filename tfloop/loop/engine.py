@@ -88,15 +88,16 @@ class Program:
         return tf.function(self.results, autograph=False)
 
     def chunk(self, engine, feed):
-        """The function `(args, count) -> rows, results` for an engine and feeds of one kind and capacity."""
-        key = (engine, feed.kind, feed.capacity)
+        """The concrete function `(args, count) -> rows, results` for an engine and feeds of one kind and shape."""
+        key = (engine, feed.kind, *((*a.shape, a.dtype) for a in tf.nest.flatten(feed.args)))
         if key not in self._chunks:
             traced = step = self.traced(engine in COMPILED)  # before the loop: its layout says how wide the rows are
             if engine == "jit":
                 step = tf.function(lambda *tensors: traced(*tensors), autograph=False, jit_compile=True)
             together = TOGETHER_ON_GPU if engine == "scan" and on_gpu() else 1
             body = functools.partial(self._chunk, step, feed.kind, feed.capacity, together)
-            self._chunks[key] = tf.function(body, autograph=False, jit_compile=engine == "scan")
+            function = tf.function(body, autograph=False, jit_compile=engine == "scan")
+            self._chunks[key] = function.get_concrete_function(feed.args, tf.constant(feed.count))
         return self._chunks[key]
 
     def _chunk(self, step, feed_kind, capacity, together, args, count):
