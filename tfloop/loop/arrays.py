@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfloop.loop.devices import on_gpu, resident_bytes
+from tfloop.loop.devices import resident_bytes
 from tfloop.loop.feed import Feed, as_tensor, empty, flat, nbytes, padded, patiently, power_of_two
 
 BLOCK_BYTES = 32 * 2**20  # of the batches of one chunk, where these are gathered on the host
@@ -191,16 +191,12 @@ class GatheringFeeder:
 
 
 def resident(array):
-    """A tensor with what an array holds now, where steps run.
-
-    Copied once, where `tf.convert_to_tensor` has two copies for a while.
-    """
+    """A tensor with what an array holds now. Copied once, where `tf.convert_to_tensor` has two copies for a while."""
     if not can_gather([array]):
         return tf.convert_to_tensor(array)
     made = empty(array.shape, dtype_of(array))
     made[...] = array
-    tensor = as_tensor(made)
-    return tf.identity(tensor) if on_gpu() else tensor
+    return as_tensor(made)
 
 
 def filled_up(array, capacity):

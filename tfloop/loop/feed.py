@@ -8,6 +8,8 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from tfloop.loop.devices import on_gpu
+
 PAUSES = (0.1, 0.5, 2.5)  # seconds, before data are read again
 ALIGNMENT = 64  # bytes: what TensorFlow asks of memory that it takes over without a copy
 
@@ -121,7 +123,11 @@ def empty(shape, dtype):
 
 
 def as_tensor(array):
-    """A tensor of an array that nobody writes to any more: without a copy, where that can be."""
+    """A tensor, where steps run, of an array that nobody writes to any more: without a copy, where that can be.
+
+    What a GPU finds in the machine's memory, a loop in a graph copies for every step.
+    """
     if array.flags.c_contiguous and array.dtype.kind in "fiu" and array.ctypes.data % ALIGNMENT == 0 and array.size:
-        return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+        tensor = tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+        return tf.identity(tensor) if on_gpu() else tensor
     return tf.convert_to_tensor(array)
