@@ -12,10 +12,11 @@ from tfloop.weights.parametrization import Parametrization
 class Orthogonal(Parametrization):
     """W'W = I (W W' = I if the matrix is wide), by the Cayley map.
 
-    With raw = [U; V], U square: A = U - U' + V'V, B = (I + A)^-1 and W = [2 B - I; -2 V B] D. The symmetric
-    part of A is not negative, so B exists and the map is differentiable for every raw weight; no step leaves
-    the orthogonal matrices, to 1e-5. Trockman and Kolter 2021, arXiv:2104.07167, section 4; the signs D make
-    each matrix reachable (Helfrich et al. 2018, arXiv:1707.09520, where they are called scaling).
+    With raw = [U; V], U square: A = U - U' + V'V, B = (I + A)^-1 and W = [2 B - I; -2 V B] D. The
+    symmetric part of A is not negative, so B exists and the map is differentiable for every raw weight;
+    no step leaves the orthogonal matrices, to 1e-5 (5e-4 where a GPU multiplies in TF32). Trockman and
+    Kolter 2021, arXiv:2104.07167, section 4; the signs D make each matrix reachable (Helfrich et al.
+    2018, arXiv:1707.09520, where they are called scaling).
 
     It starts from the orthogonal matrix that is nearest to the weight (its polar factor), so a weight that is
     orthogonal stays as it is: the raw weight becomes the inverse of it. The matrix of a kernel is that of
