@@ -60,6 +60,7 @@ def measured_extras():
     for name, measure, unit, scale in (
         ("Watched scalars", lambda: extras.watched(rounds), "ms a step", 1e3),
         ("A run on disk", lambda: costs.runs(rounds), "ms a step", 1e3),
+        ("Checkpoints", lambda: costs.checkpoints(rounds), "ms a step", 1e3),
         ("Spectral norm", lambda: costs.spectral(2 * rounds), "ms a step", 1e3),
         ("In a process of their own", extras.starts, "s", 1),
         ("Peak memory on 400 MB of arrays", extras.memory, "MB", 1),

@@ -2,6 +2,7 @@
 
 import statistics
 import tempfile
+import time
 
 import keras
 import numpy as np
@@ -12,15 +13,10 @@ from experiments.benchmark.rivals import Epochs
 
 
 def runs(rounds):
-    """Seconds a step of the small MLP: `fit`, a run on disk, with the guard, with a checkpoint every 100 steps."""
+    """Seconds a step of the small MLP: `fit`, a run on disk, with the guard."""
     steps = 400
-    kinds: dict[str, dict] = {
-        "run": {},
-        "run, guard": {"on_nan": "skip"},
-        "run, checkpoints": {"checkpoint_every": 100},
-    }
-    x = np.random.default_rng(0).normal(size=(128 * steps, 784)).astype("float32")
-    y = np.random.default_rng(1).integers(0, 10, len(x))
+    kinds: dict[str, dict] = {"run": {}, "run, guard": {"on_nan": "skip"}}
+    x, y = digits(128 * steps)
     models = {name: small_mlp() for name in ("fit", *kinds)}
 
     def train(name, **how):
@@ -34,10 +30,33 @@ def runs(rounds):
     return in_turns({name: lambda name=name, **how: train(name, **how) for name in models}, steps, rounds)
 
 
+def checkpoints(rounds):
+    """Seconds a step of the small MLP in epochs of one run that save every 100 steps, and in those between."""
+    steps = 430  # few saves are made at an epoch's end, and so written in the next one
+    x, y = digits(128 * steps)
+    with tempfile.TemporaryDirectory() as folder:
+        run = tfloop.Run(f"{folder}/run", checkpoint_every=100, on_nan="ignore", log=())
+        timer = Alternately(run)
+        run.fit(small_mlp(), x, y, batch_size=128, epochs=20 * rounds + 11, verbose=0, callbacks=[timer])
+    seconds = np.diff(timer.begins)[10:] / steps
+    return {"saving nothing": float(np.median(seconds[::2])), "saving": float(np.median(seconds[1::2]))}
+
+
+class Alternately(keras.callbacks.Callback):
+    """Lets a run save as it was told in its odd epochs only. Keeps the times at which epochs begin."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.run, self.every, self.begins = run, run.every, []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.run.every = self.every if epoch % 2 else self.every._replace(steps=10**9)
+        self.begins.append(time.perf_counter())
+
+
 def spectral(rounds):
     """Seconds a step of a net of three convolutions at batch 64: plain, with Keras' layer, with tfloop's."""
-    x = np.random.default_rng(0).normal(size=(1280, 28, 28, 1)).astype("float32")
-    y = np.random.default_rng(1).integers(0, 10, len(x))
+    x, y = digits(1280, (28, 28, 1))
     wraps = {
         "plain": lambda layer: layer,
         "Keras' layer": keras.layers.SpectralNormalization,
@@ -46,6 +65,11 @@ def spectral(rounds):
     models = {name: convolutions(wrap) for name, wrap in wraps.items()}
     fits = {name: lambda m=model, **how: m.fit(x, y, batch_size=64, **how) for name, model in models.items()}
     return in_turns(fits, 20, rounds)
+
+
+def digits(count, shape=(784,)):
+    x = np.random.default_rng(0).normal(size=(count, *shape)).astype("float32")
+    return x, np.random.default_rng(1).integers(0, 10, count)
 
 
 def small_mlp():
