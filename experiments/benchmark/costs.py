@@ -16,7 +16,7 @@ def runs(rounds):
     """Seconds a step of the small MLP: `fit`, a run on disk, with the guard."""
     steps = 400
     kinds: dict[str, dict] = {"run": {}, "run, guard": {"on_nan": "skip"}}
-    x, y = digits(128 * steps)
+    x, y = examples(128 * steps)
     models = {name: small_mlp() for name in ("fit", *kinds)}
 
     def train(name, **how):
@@ -33,7 +33,7 @@ def runs(rounds):
 def checkpoints(rounds):
     """Seconds a step of the small MLP in epochs of one run that save every 100 steps, and in those between."""
     steps = 430  # few saves are made at an epoch's end, and so written in the next one
-    x, y = digits(128 * steps)
+    x, y = examples(128 * steps)
     with tempfile.TemporaryDirectory() as folder:
         run = tfloop.Run(f"{folder}/run", checkpoint_every=100, on_nan="ignore", log=())
         timer = Alternately(run)
@@ -56,7 +56,7 @@ class Alternately(keras.callbacks.Callback):
 
 def spectral(rounds):
     """Seconds a step of a net of three convolutions at batch 64: plain, with Keras' layer, with tfloop's."""
-    x, y = digits(1280, (28, 28, 1))
+    x, y = examples(1280, (28, 28, 1))
     wraps = {
         "plain": lambda layer: layer,
         "Keras' layer": keras.layers.SpectralNormalization,
@@ -67,7 +67,7 @@ def spectral(rounds):
     return in_turns(fits, 20, rounds)
 
 
-def digits(count, shape=(784,)):
+def examples(count, shape=(784,)):
     x = np.random.default_rng(0).normal(size=(count, *shape)).astype("float32")
     return x, np.random.default_rng(1).integers(0, 10, count)
 

@@ -65,6 +65,17 @@ def test_steps_made_together_are_the_same_steps(options, monkeypatch):
     assert history == other_history
 
 
+@pytest.mark.parametrize("engine", ["graph", "jit", "scan"])
+def test_arrays_of_another_length_in_chunks_of_the_same(engine):
+    x, y = data(48)
+    histories = []
+    for options in (ENGINES["eager"], {**ENGINES[engine], "steps_per_execution": 2}):
+        model = fresh(**options)
+        sizes = (24, 48, 40)
+        histories.append([model.fit(x[:n], y[:n], batch_size=4, verbose=0).history["loss"] for n in sizes])
+    np.testing.assert_allclose(*histories, rtol=1e-5)
+
+
 FORMS = {
     "arrays": lambda x, y: {"x": x, "y": y, "batch_size": 4},
     "dataset": lambda x, y: {"x": dataset(x, y, 4)},

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loop_models import ENGINES, Chunks, data, dataset, fresh
 
-from tfloop.loop import arrays, feed, streams
+from tfloop.loop import arrays, devices, feed, streams
 from tfloop.loop.arrays import ArraySource
 from tfloop.loop.source import make_source
 
@@ -250,3 +250,10 @@ def test_arrays_on_disk_are_read_again(monkeypatch):
     source.resident = False
     assert np.concatenate(batches_of(source)).tolist() == numbers(10).tolist()
     assert len(asked) == 6
+
+
+def test_a_gpu_is_given_no_more_than_any_gpu_has(monkeypatch):
+    monkeypatch.setattr(devices, "host_bytes", lambda: 2**40)
+    for gpu, expected in ((False, 2**40), (True, 2**31)):
+        monkeypatch.setattr(devices, "on_gpu", lambda gpu=gpu: gpu)
+        assert devices.resident_bytes() == expected

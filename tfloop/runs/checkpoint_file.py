@@ -11,7 +11,6 @@ Nothing is unpickled. Links, names that leave the folder, wrong sizes and shapes
 small for are refused before anything is read or allocated.
 """
 
-import functools
 import hashlib
 import hmac
 import json
@@ -86,14 +85,9 @@ def checked(tensors):
     """`tensors` as arrays; `TypeError` if one is of a dtype that cannot be saved."""
     arrays = {name: np.asarray(value) for name, value in tensors.items()}
     for name, array in arrays.items():
-        if array.dtype not in _known_dtypes():
+        if array.dtype.name not in NUMPY_DTYPES + ML_DTYPES:
             raise TypeError(f"A checkpoint cannot hold {name!r} of dtype {array.dtype}.")
     return arrays
-
-
-@functools.cache
-def _known_dtypes():
-    return frozenset(map(dtype_of, NUMPY_DTYPES + ML_DTYPES))
 
 
 # Writing
