@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # one part of the architecture in several files. A package is one part.
 ROWS = (
     ("_keras",),
-    ("names", "plain", "step", "progress progress_line progress_display"),
+    ("names", "operation", "plain", "step", "progress progress_line progress_display"),
     (
         "statistics",
         "accumulation",

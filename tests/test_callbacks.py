@@ -177,3 +177,28 @@ def test_predict_on_a_part_in_a_batch_hook_moves_no_metric():
     plain, disturbed = trained(), trained(Predict())
     for name, values in plain.items():
         np.testing.assert_allclose(disturbed[name], values, rtol=1e-6, err_msg=name)
+
+
+def test_a_hook_set_on_a_callback_itself_sees_every_batch():
+    seen = []
+    callback = keras.callbacks.Callback()
+    callback.on_train_batch_end = lambda batch, logs=None: seen.append(batch)
+    fit(regression(), callback, epochs=2)
+    assert seen == [0, 1, 2] * 2
+
+
+def test_metric_objects_hold_each_batchs_values_for_a_callback_that_sees_batches():
+    class Results(keras.callbacks.Callback):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.seen.append([(metric.name, float(metric.result())) for metric in self.model.metrics[:1]])
+
+    mine, theirs = Results(), Results()
+    fit(regression(), mine)
+    fit(regression(keras.Model), theirs)
+    assert len(mine.seen) == 9
+    for (found,), (expected,) in zip(mine.seen, theirs.seen, strict=True):
+        assert found == (expected[0], pytest.approx(expected[1], rel=1e-5))

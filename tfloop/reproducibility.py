@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfloop import _keras, names
+from tfloop.operation import Operation
 
 _seed: int | None = None
 
@@ -148,8 +149,8 @@ class Reader:
     def __init__(self, variables):
         self._names = list(variables)
         values = [v.value if isinstance(v, keras.Variable) else v for v in variables.values()]
-        read = tf.function(lambda: [tf.identity(value) for value in values])
-        self._read = read.get_concrete_function()
+        read = tf.function(lambda: [tf.identity(value) for value in values], autograph=False)
+        self._read = Operation(read.get_concrete_function())
 
     def __call__(self):
         """`name -> array`, copied out."""

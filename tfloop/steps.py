@@ -5,7 +5,7 @@ import contextlib
 import keras
 import tensorflow as tf
 
-from tfloop import _keras, names, replicas, reproducibility, terms
+from tfloop import _keras, names, operation, replicas, reproducibility, terms
 from tfloop.step import Step, running
 
 
@@ -181,6 +181,7 @@ class ModelSteps:
             if isinstance(metric, terms.TermMetric)
         ]
         tracker = None if self.model._tracks_loss else _keras.loss_tracker(self.model)
+        assign = keras.Variable.assign if self.replicated else lambda v, number: operation.assign(v.value, number)
 
         def publish(values):
             for name, qualified, metric in metrics:
@@ -188,7 +189,7 @@ class ModelSteps:
                 if value is not None:
                     metric.record(value)
             if tracker is not None and values.get("loss") is not None:
-                tracker.total.assign(values["loss"])
-                tracker.count.assign(1.0)
+                assign(tracker.total, values["loss"])
+                assign(tracker.count, 1.0)
 
         return publish

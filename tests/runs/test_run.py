@@ -100,6 +100,21 @@ def test_callbacks_go_on_with_their_state(tmp_path):
     assert (parts[1].wait, parts[1].best, parts[1].best_epoch) == (whole[1].wait, whole[1].best, whole[1].best_epoch)
 
 
+@pytest.mark.parametrize(
+    ("state", "why"),
+    [
+        ({"best": [1.0, object()]}, r"callbacks/0/best/1 holds <object .*>, a object\."),
+        ({"seen": {3: 1}}, r"callbacks/0/seen has the key 3\. A checkpoint's keys are strings\."),
+    ],
+)
+def test_a_callback_whose_state_cannot_be_kept_is_refused_before_the_first_step(tmp_path, state, why):
+    callback = Counts()
+    callback.get_state = lambda: state
+    with pytest.raises(TypeError, match=why):
+        fit(tmp_path / "run", 2, callbacks=[callback])
+    assert not list((tmp_path / "run").glob("checkpoints/*")) and not (tmp_path / "run/summary.json").exists()
+
+
 class TwoOptimizers(tfloop.Model):
     """Its `train_step` builds its optimizers, in the first step."""
 

@@ -15,6 +15,7 @@ from tfloop.loop import random_numbers
 from tfloop.loop.devices import on_gpu
 from tfloop.loop.feed import batch_of, flat, packed, spec_of
 from tfloop.loop.record import Record
+from tfloop.operation import Operation
 from tfloop.plain import plain_variable
 
 ENGINES = ("eager", "graph", "jit", "scan")
@@ -88,7 +89,7 @@ class Program:
         return tf.function(self.results, autograph=False)
 
     def chunk(self, engine, feed):
-        """The concrete function `(args, count) -> rows, results` for an engine and feeds of one kind and shape."""
+        """The operation `(args, count) -> rows, results` for an engine and feeds of one kind and shape."""
         key = (engine, feed.kind, *((*a.shape, a.dtype) for a in tf.nest.flatten(feed.args)))
         if key not in self._chunks:
             traced = step = self.traced(engine in COMPILED)  # before the loop: its layout says how wide the rows are
@@ -96,8 +97,10 @@ class Program:
                 step = tf.function(lambda *tensors: traced(*tensors), autograph=False, jit_compile=True)
             together = TOGETHER_ON_GPU if engine == "scan" and on_gpu() else 1
             body = functools.partial(self._chunk, step, feed.kind, feed.capacity, together)
-            function = tf.function(body, autograph=False, jit_compile=engine == "scan")
-            self._chunks[key] = function.get_concrete_function(feed.args, tf.constant(feed.count))
+            if engine == "scan":
+                body = tf.function(body, autograph=False, jit_compile=True)
+            function = tf.function(lambda args, count: body(args, count), autograph=False)
+            self._chunks[key] = Operation(function.get_concrete_function(feed.args, tf.constant(feed.count)))
         return self._chunks[key]
 
     def _chunk(self, step, feed_kind, capacity, together, args, count):

@@ -16,7 +16,7 @@ from tfloop.loop import tuner
 from tfloop.loop.accumulation import accumulated
 from tfloop.loop.engine import COMPILED, Runner
 from tfloop.loop.feed import batch_of, flat, packed, spec_of
-from tfloop.loop.hooks import Hooks, wants_batches
+from tfloop.loop.hooks import Hooks
 from tfloop.loop.keeper import Keeper
 from tfloop.loop.observer import Observer, Position, observer_of
 from tfloop.loop.pace import Pace
@@ -180,7 +180,7 @@ class Loop:
         begin, end = (getattr(hooks, f"on_{kind}_batch_{when}") for when in ("begin", "end"))
         observer = observer_of(hooks.callbacks) if kind == "train" else Observer()
         first = int(self._steps.updates.numpy())
-        publish = None
+        publish, listening = None, hooks.want_batches(kind)
         with self._feeder(source, position, engine, kind, pace) as feeder, self._runner.unchanging():
             team = self.team
             while (feed := self._take(feeder, position, observer, pace, team)) is not None:
@@ -200,7 +200,7 @@ class Loop:
                 position.aggregate.add(record)
                 values = position.aggregate.values()
                 publish = publish or self._steps.publisher()  # after the trace, which may make metrics
-                if hooks.listening:
+                if listening:
                     publish(values)
                 if values:  # there are none before the first step that was not taken back
                     end(position.batch - 1, values)
@@ -286,7 +286,7 @@ class Loop:
         return "graph" if chosen is None or chosen.evaluation == "eager" else chosen.evaluation
 
     def _one_by_one(self, hooks, kind="train"):
-        return self._steps.eager or any(wants_batches(c, kind) for c in hooks.callbacks)
+        return self._steps.eager or hooks.want_batches(kind)
 
     # Evaluation and prediction.
 

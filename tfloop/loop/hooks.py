@@ -2,8 +2,6 @@
 
 import keras
 
-from tfloop.loop.observer import Observer
-
 
 class Hooks:
     """The callbacks of a fit. `hooks.on_epoch_end(epoch, logs)` calls that of each, in order.
@@ -18,8 +16,10 @@ class Hooks:
                 callbacks, add_history=True, add_progbar=False, model=model, **params
             )
         self.callbacks = callbacks.callbacks
-        quiet = keras.callbacks.History | Observer
-        self.listening = any(not isinstance(c, quiet) for c in self.callbacks)
+
+    def want_batches(self, kind):
+        """Whether a callback does something at every batch of a `"train"`, `"test"` or `"predict"`."""
+        return any(wants_batches(callback, kind) for callback in self.callbacks)
 
     def __getattr__(self, name):
         if not name.startswith("on_"):
@@ -40,11 +40,9 @@ def wants_batches(callback, kind="train"):
         callback, keras.callbacks.ModelCheckpoint | keras.callbacks.BackupAndRestore
     ):
         return False
-    if isinstance(callback, keras.callbacks.LambdaCallback):
-        given = ("on_train_batch_begin", "on_train_batch_end") if kind == "train" else ()
-        return any(name in vars(callback) for name in given)
     base = keras.callbacks.Callback
     names = [f"on_{kind}_batch_begin", f"on_{kind}_batch_end"]
     if kind == "train":
         names += ["on_batch_begin", "on_batch_end"]
-    return any(getattr(type(callback), name, None) is not getattr(base, name) for name in names)
+    hooks = ((getattr(callback, name, None), getattr(base, name)) for name in names)
+    return any(getattr(hook, "__func__", hook) is not default for hook, default in hooks)

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfloop.loop.record import Record
+from tfloop.operation import Operation
 
 
 class Keeper:
@@ -26,7 +27,7 @@ class Keeper:
         self._variables = list(variables)
         self._halts = halts
         copied = tf.function(lambda: [tf.identity(v) for v in self._variables], autograph=False)
-        self._copied = copied.get_concrete_function()
+        self._copied = Operation(copied.get_concrete_function())
 
     def run(self, runner, engine, kind, feed, first):
         """As `Runner.run`. The rows of steps that were taken back have their number of examples negative."""

@@ -16,6 +16,8 @@ _KERAS = (
 # Nothing to keep: their hooks depend on the epoch alone, or what they keep is in the model's state.
 _STATELESS = (keras.callbacks.LearningRateScheduler, keras.callbacks.TerminateOnNaN, keras.callbacks.LambdaCallback)
 
+PLAIN = frozenset({type(None), bool, int, float, str})
+
 
 def get_states(callbacks):
     """`(states, tensors)`: a list with the state of each callback, its arrays apart under their names."""
@@ -65,15 +67,30 @@ def _keeps_something(callback):
 
 
 def take_out(value, path, tensors):
-    """`value` with `{"tensor": name}` in the place of every array."""
+    """A copy of `value` with `{"tensor": name}` in the place of every array.
+
+    `TypeError` if there is anything else in it than what JSON can hold.
+    """
     if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"The state of {path} has the key {key!r}. A checkpoint's keys are strings.")
         return {key: take_out(item, f"{path}/{key}", tensors) for key, item in value.items()}
     if isinstance(value, list | tuple):
+        if PLAIN.issuperset(map(type, value)):  # a history has thousands
+            return list(value)
         return [take_out(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
     if isinstance(value, np.ndarray) and value.ndim:
         tensors[path] = value
         return {"tensor": path}
-    return value.item() if hasattr(value, "item") else value
+    if hasattr(value, "item"):
+        value = value.item()
+    if not isinstance(value, bool | int | float | str | None):
+        raise TypeError(
+            f"The state of {path} holds {value!r}, a {type(value).__name__}. A checkpoint can hold numbers, strings, "
+            "None, NumPy arrays, and lists and dicts of them."
+        )
+    return value
 
 
 def put_back(value, tensors):

@@ -54,7 +54,7 @@ class _Job(NamedTuple):
 
     step: int
     arrays: dict
-    manifest: str  # as JSON
+    manifest: dict | str  # or as JSON
     metrics: dict
     before_commit: Callable[[], None]
 
@@ -111,7 +111,7 @@ class Checkpoints:
     ):
         """Saves named arrays and what JSON can hold, on a thread; first waits for the save before it.
 
-        `copy=False`: the arrays are the callee's, nobody changes them. `before_commit()` runs on the
+        `copy=False`: arrays and manifest are the callee's, nobody changes them. `before_commit()` runs on the
         thread before the checkpoint becomes visible, to flush logs it must not be ahead of.
         Raises `CheckpointError` if the save before failed for a reason that will not pass, or
         `GIVE_UP` saves in a row failed; with `wait=True` also if this one does.
@@ -119,8 +119,8 @@ class Checkpoints:
         arrays = checkpoint_file.checked(tensors)
         if copy:
             arrays = {name: np.array(array, order="C") for name, array in arrays.items()}
-        text = files.to_json(manifest)  # a copy, and an error here if it cannot be
-        job = _Job(int(step), arrays, text, dict(metrics or {}), before_commit)
+            manifest = files.to_json(manifest)  # an error here if it cannot be
+        job = _Job(int(step), arrays, manifest, dict(metrics or {}), before_commit)
         self._join()
         self._raise_unless_passing()
         self._save = self._thread.submit(self._run, job)
@@ -189,7 +189,8 @@ class Checkpoints:
         aside = self.folder / (WRITING + name)
         aside.mkdir()
         self._at("begin")
-        checkpoint_file.write(aside, job.step, job.arrays, job.manifest, job.metrics, self._at)
+        text = job.manifest if isinstance(job.manifest, str) else files.to_json(job.manifest)
+        checkpoint_file.write(aside, job.step, job.arrays, text, job.metrics, self._at)
         job.before_commit()
         os.rename(aside, self.folder / name)
         self._at("renamed")

@@ -11,6 +11,7 @@ Nothing is unpickled. Links, names that leave the folder, wrong sizes and shapes
 small for are refused before anything is read or allocated.
 """
 
+import functools
 import hashlib
 import hmac
 import json
@@ -77,15 +78,19 @@ def order(name):
 
 def spec(value):
     """The `Spec` of an array or a variable."""
-    dtype = getattr(value.dtype, "name", value.dtype)
-    return Spec(str(dtype), tuple(int(size) for size in value.shape))
+    return Spec(_name_of(value.dtype), tuple(map(int, value.shape)))
+
+
+@functools.cache  # NumPy makes the name anew each time, which takes 5 us
+def _name_of(dtype):
+    return str(getattr(dtype, "name", dtype))
 
 
 def checked(tensors):
     """`tensors` as arrays; `TypeError` if one is of a dtype that cannot be saved."""
     arrays = {name: np.asarray(value) for name, value in tensors.items()}
     for name, array in arrays.items():
-        if array.dtype.name not in NUMPY_DTYPES + ML_DTYPES:
+        if _name_of(array.dtype) not in NUMPY_DTYPES + ML_DTYPES:
             raise TypeError(f"A checkpoint cannot hold {name!r} of dtype {array.dtype}.")
     return arrays
 
@@ -110,11 +115,11 @@ def write(folder, step, tensors, manifest, metrics, at):
     content = {
         "format": FORMAT,
         "step": step,
-        "metrics": metrics,
+        "metrics": files.encoded(metrics),
         "files": {TENSORS: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}},
         "tensors": {name: spec(tensor) for name, tensor in tensors.items()},
     }
-    text = f'{files.to_json(content)[:-1]}, "manifest": {manifest}}}'
+    text = f'{json.dumps(content, allow_nan=False)[:-1]}, "manifest": {manifest}}}'
     if len(text) > LARGEST_MANIFEST // 2:
         raise ValueError(f"The manifest would have {len(text)} bytes; arrays belong to the tensors.")
     with open(folder / MANIFEST, "w", encoding="utf-8") as file:

@@ -86,7 +86,7 @@ def to_json(value, indent=None):
 
     The order of keys and every bit of a float are kept.
     """
-    return json.dumps(_encoded(value), indent=indent, allow_nan=False)
+    return json.dumps(encoded(value), indent=indent, allow_nan=False)
 
 
 def from_json(text):
@@ -97,16 +97,22 @@ def from_json(text):
         raise ValueError("nested too deeply") from error
 
 
-def _encoded(value):
+def encoded(value):
+    """`value` as `json.dumps` takes it."""
     if isinstance(value, dict):
-        return {_key(key): _encoded(item) for key, item in value.items()}
+        return {_key(key): encoded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_encoded(item) for item in value]
+        return value if _are_finite_floats(value) else [encoded(item) for item in value]
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # a NumPy scalar
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": repr(value)}
     return value
+
+
+def _are_finite_floats(values):
+    """Whether these are floats and nothing else, which a history has thousands of."""
+    return {float}.issuperset(map(type, values)) and all(map(math.isfinite, values))
 
 
 def _key(key):
