@@ -488,6 +488,11 @@ class Model(Adding, keras.Model):
         for metric in {id(m): m for m in [*self.metrics, *terms.all_metrics(self)]}.values():
             metric.reset_state()
 
+    @property
+    def _resets_all_metrics(self):
+        """Whether `reset_metrics` is the one above, which leaves none out."""
+        return type(self).reset_metrics is Model.reset_metrics
+
     def extra_state(self):
         """State beside weights, optimizers and seeds: the number of completed updates, the running average."""
         state = {} if self._updates is None else {"updates": self._updates}

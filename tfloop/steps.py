@@ -165,8 +165,9 @@ class ModelSteps:
     def reset_metrics(self):
         """Resets all metric objects, also those that the user's own `reset_metrics` leaves out."""
         self.model.reset_metrics()
-        for metric in terms.all_metrics(self.model):
-            metric.reset_state()
+        if not self.model._resets_all_metrics:
+            for metric in terms.all_metrics(self.model):
+                metric.reset_state()
 
     def metric_variables(self):
         """The variables of all metric objects, on every device here."""

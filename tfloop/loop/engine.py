@@ -84,9 +84,18 @@ class Program:
         values = [tf.cast(r.read(), self.dtype) for r in self.layout.results]
         return tf.stack(values) if values else tf.zeros([0], self.dtype)
 
-    @functools.cached_property
     def read_results(self):
-        return tf.function(self.results, autograph=False)
+        """What `results` holds now, as an array."""
+        return self._read_results()[0].numpy() if self.layout.results else np.zeros(0)
+
+    @functools.cached_property
+    def _read_results(self):
+        return Operation(tf.function(self.results, autograph=False).get_concrete_function())
+
+    @functools.cached_property
+    def one_step(self):
+        """The step as an operation on the batch's flat tensors, which gives the row."""
+        return Operation(self.traced())
 
     def chunk(self, engine, feed):
         """The operation `(args, count) -> rows, results` for an engine and feeds of one kind and shape."""
@@ -211,7 +220,7 @@ class Runner:
     def results(self, kind, spec):
         """What metric objects say now, by name."""
         program = self.program(kind, spec)
-        return named(program, program.read_results().numpy())
+        return named(program, program.read_results())
 
     def run(self, engine, kind, feed, first):
         """Runs a feed's batches. `first` is the number of updates completed before.
@@ -225,7 +234,7 @@ class Runner:
             rows, error = program.stream(feed.capacity)(feed.args[0], feed.count)
             if error is not None and not len(rows):
                 raise error
-            return record(program, first, rows, program.read_results().numpy(), error)
+            return record(program, first, rows, program.read_results(), error)
         rows, results = program.chunk(engine, feed)(feed.args, tf.constant(feed.count))
         return record(program, first, rows.numpy()[: feed.count], results.numpy())
 
@@ -252,8 +261,8 @@ class Runner:
         if engine == "eager":
             row = program.run_eagerly(tensors)
             return record(program, first, row.numpy()[None], program.results().numpy())
-        row = program.traced()(*tensors)
-        return record(program, first, row.numpy()[None], program.read_results().numpy())
+        (row,) = program.one_step(*tensors)
+        return record(program, first, row.numpy()[None], program.read_results())
 
     def predict(self, spec, tensors, eager):
         """The predictions for one batch."""

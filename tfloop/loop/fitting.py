@@ -37,6 +37,7 @@ class Loop:
         self._given = None  # the choice of an earlier process
         self._chosen = None
         self.engine = None
+        self._known_batches = set()  # kinds and forms of batches that single steps were made on
         self.position = Position()  # of the fit that runs, or ran last
 
     @property
@@ -357,8 +358,9 @@ class Loop:
 
     def predict_on_batch(self, x):
         batch = tf.nest.map_structure(sources.as_array, keras.utils.pack_x_y_sample_weight(x))
-        self._steps.build_for_prediction(spec_of(batch))
-        with self._metrics_untouched():
+        spec = spec_of(batch)
+        self._steps.build_for_prediction(spec)
+        with self._as_before("predict", spec), self._metrics_untouched():
             return tf.nest.map_structure(to_numpy, self._predict_batch(batch))
 
     def _predict_batch(self, batch):
@@ -377,7 +379,8 @@ class Loop:
             yield
         finally:
             for variable, value in zip(variables, before, strict=True):
-                variable.assign(value)
+                if not np.array_equal(variable.numpy(), value):  # assigning takes longer than reading
+                    variable.assign(value)
 
     # Single batches.
 
@@ -387,17 +390,27 @@ class Loop:
         if class_weight is not None:
             data = sources.weighing(class_weight)(data)
         sources.common_length(data)
-        self._steps.build(spec_of(data))
-        if kind == "train":
-            self._steps.start()
-        engine = "eager" if self._steps.eager else "graph"
-        first = int(self._steps.updates.numpy())
-        self._steps.reset_metrics()
-        aggregate = Aggregate()
-        aggregate.add(self._runner.run_batch(engine, kind, data, first))
-        logs = aggregate.values()
-        self._steps.publisher()(logs)
+        spec = spec_of(data)
+        self._steps.build(spec)
+        with self._as_before(kind, spec):
+            if kind == "train":
+                self._steps.start()
+            engine = "eager" if self._steps.eager else "graph"
+            first = int(self._steps.updates.numpy())
+            self._steps.reset_metrics()
+            aggregate = Aggregate()
+            aggregate.add(self._runner.run_batch(engine, kind, data, first))
+            logs = aggregate.values()
+            self._steps.publisher()(logs)
         return logs
+
+    @contextlib.contextmanager
+    def _as_before(self, kind, spec):
+        """The model is walked over once, except in the first step on such a batch, which may still make layers."""
+        batch = kind, *flat(spec)
+        with names.unchanging() if batch in self._known_batches else contextlib.nullcontext():
+            yield
+        self._known_batches.add(batch)
 
 
 def nested(verbose):

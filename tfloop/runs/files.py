@@ -102,7 +102,7 @@ def encoded(value):
     if isinstance(value, dict):
         return {_key(key): encoded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return value if _are_finite_floats(value) else [encoded(item) for item in value]
+        return value if _are_plain(value) else [encoded(item) for item in value]
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # a NumPy scalar
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -110,9 +110,10 @@ def encoded(value):
     return value
 
 
-def _are_finite_floats(values):
-    """Whether these are floats and nothing else, which a history has thousands of."""
-    return {float}.issuperset(map(type, values)) and all(map(math.isfinite, values))
+def _are_plain(values):
+    """Whether these are finite floats, or numbers and texts that any JSON can hold: a history has thousands of them."""
+    kinds = set(map(type, values))
+    return kinds <= {int, bool, str, type(None)} or (kinds == {float} and all(map(math.isfinite, values)))
 
 
 def _key(key):
