@@ -491,7 +491,7 @@ class Model(Adding, keras.Model):
     @property
     def _resets_all_metrics(self):
         """Whether `reset_metrics` is the one above, which leaves none out."""
-        return type(self).reset_metrics is Model.reset_metrics
+        return getattr(self.reset_metrics, "__func__", None) is Model.reset_metrics
 
     def extra_state(self):
         """State beside weights, optimizers and seeds: the number of completed updates, the running average."""

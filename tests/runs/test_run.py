@@ -115,6 +115,17 @@ def test_a_callback_whose_state_cannot_be_kept_is_refused_before_the_first_step(
     assert not list((tmp_path / "run").glob("checkpoints/*")) and not (tmp_path / "run/summary.json").exists()
 
 
+def test_a_tensor_that_a_callback_puts_into_the_logs_is_kept_as_a_number(tmp_path):
+    class Rate(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            logs["rate"] = tf.constant(epoch + 0.5)
+
+    fit(tmp_path / "run", 2, callbacks=[Rate()])
+    _, _, history = fit(tmp_path / "run", 3, callbacks=[Rate()])
+    assert [float(v) for v in history.history["rate"]] == [0.5, 1.5, 2.5]
+    assert json.loads((tmp_path / "run/summary.json").read_text())["metrics"]["rate"] == 2.5
+
+
 class TwoOptimizers(tfloop.Model):
     """Its `train_step` builds its optimizers, in the first step."""
 

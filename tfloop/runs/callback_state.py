@@ -1,11 +1,13 @@
 """The state of callbacks: what a checkpoint keeps of them, so that a resumed run goes on with it.
 
 A callback that offers `get_state()` and `set_state(state)` is asked; of Keras' own callbacks the attributes
-are known. The state is what JSON can hold, and NumPy arrays.
+are known. The state is what JSON can hold, arrays and tensors.
 """
 
 import keras
 import numpy as np
+
+from tfloop.runs import files
 
 _KERAS = (
     (keras.callbacks.History, ("epoch", "history")),
@@ -15,8 +17,6 @@ _KERAS = (
 )
 # Nothing to keep: their hooks depend on the epoch alone, or what they keep is in the model's state.
 _STATELESS = (keras.callbacks.LearningRateScheduler, keras.callbacks.TerminateOnNaN, keras.callbacks.LambdaCallback)
-
-PLAIN = frozenset({type(None), bool, int, float, str})
 
 
 def get_states(callbacks):
@@ -67,7 +67,7 @@ def _keeps_something(callback):
 
 
 def take_out(value, path, tensors):
-    """A copy of `value` with `{"tensor": name}` in the place of every array.
+    """A copy of `value` with `{"tensor": name}` in the place of every array, and numbers in the place of scalars.
 
     `TypeError` if there is anything else in it than what JSON can hold.
     """
@@ -77,18 +77,17 @@ def take_out(value, path, tensors):
                 raise TypeError(f"The state of {path} has the key {key!r}. A checkpoint's keys are strings.")
         return {key: take_out(item, f"{path}/{key}", tensors) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        if PLAIN.issuperset(map(type, value)):  # a history has thousands
+        if files.PLAIN.issuperset(map(type, value)):  # a history has thousands
             return list(value)
         return [take_out(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
-    if isinstance(value, np.ndarray) and value.ndim:
+    value = files.plain(value)
+    if isinstance(value, np.ndarray):
         tensors[path] = value
         return {"tensor": path}
-    if hasattr(value, "item"):
-        value = value.item()
-    if not isinstance(value, bool | int | float | str | None):
+    if not isinstance(value, tuple(files.PLAIN)):
         raise TypeError(
             f"The state of {path} holds {value!r}, a {type(value).__name__}. A checkpoint can hold numbers, strings, "
-            "None, NumPy arrays, and lists and dicts of them."
+            "None, arrays, tensors, and lists and dicts of them."
         )
     return value
 

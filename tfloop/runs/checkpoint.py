@@ -4,6 +4,7 @@ A state is copied out, written aside on a thread, flushed and renamed into place
 ones deleted. Order is by step, never by time. What is damaged is skipped with a warning and kept.
 """
 
+import functools
 import math
 import os
 import time
@@ -54,7 +55,7 @@ class _Job(NamedTuple):
 
     step: int
     arrays: dict
-    manifest: dict | str  # or as JSON
+    manifest: Callable[[], str]  # makes it, as JSON
     metrics: dict
     before_commit: Callable[[], None]
 
@@ -119,8 +120,9 @@ class Checkpoints:
         arrays = checkpoint_file.checked(tensors)
         if copy:
             arrays = {name: np.array(array, order="C") for name, array in arrays.items()}
-            manifest = files.to_json(manifest)  # an error here if it cannot be
-        job = _Job(int(step), arrays, manifest, dict(metrics or {}), before_commit)
+            text = files.to_json(manifest)  # an error here if it cannot be
+        to_json = (lambda: text) if copy else functools.partial(files.to_json, manifest)
+        job = _Job(int(step), arrays, to_json, dict(metrics or {}), before_commit)
         self._join()
         self._raise_unless_passing()
         self._save = self._thread.submit(self._run, job)
@@ -189,8 +191,7 @@ class Checkpoints:
         aside = self.folder / (WRITING + name)
         aside.mkdir()
         self._at("begin")
-        text = job.manifest if isinstance(job.manifest, str) else files.to_json(job.manifest)
-        checkpoint_file.write(aside, job.step, job.arrays, text, job.metrics, self._at)
+        checkpoint_file.write(aside, job.step, job.arrays, job.manifest(), job.metrics, self._at)
         job.before_commit()
         os.rename(aside, self.folder / name)
         self._at("renamed")

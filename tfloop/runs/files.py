@@ -80,6 +80,8 @@ def free_name(folder, name):
 
 # JSON that any reader takes
 
+PLAIN = frozenset({type(None), bool, int, float, str})  # what it holds as it is, but for floats that are not finite
+
 
 def to_json(value, indent=None):
     """`value` as strict JSON text. A float that is not finite becomes `{"float": "inf"}`.
@@ -103,17 +105,23 @@ def encoded(value):
         return {_key(key): encoded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return value if _are_plain(value) else [encoded(item) for item in value]
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # a NumPy scalar
-        value = value.item()
+    value = plain(value)
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": repr(value)}
     return value
 
 
+def plain(value):
+    """A tensor as its array, and every scalar of NumPy's and TensorFlow's as Python's; anything else as it is."""
+    if hasattr(value, "numpy"):
+        value = value.numpy()
+    return value.item() if hasattr(value, "item") and value.ndim == 0 else value
+
+
 def _are_plain(values):
     """Whether these are finite floats, or numbers and texts that any JSON can hold: a history has thousands of them."""
     kinds = set(map(type, values))
-    return kinds <= {int, bool, str, type(None)} or (kinds == {float} and all(map(math.isfinite, values)))
+    return kinds <= PLAIN - {float} or (kinds == {float} and all(map(math.isfinite, values)))
 
 
 def _key(key):

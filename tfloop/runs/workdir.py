@@ -217,8 +217,7 @@ def _finite(value):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
-        value = value.item()
+    value = files.plain(value)
     if isinstance(value, float) and value - value != 0.0:  # infinite or NaN
         return None
     return value
