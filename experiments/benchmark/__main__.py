@@ -61,6 +61,7 @@ def measured_extras():
         ("Watched scalars", lambda: extras.watched(rounds), "ms a step", 1e3),
         ("A run on disk", lambda: costs.runs(rounds), "ms a step", 1e3),
         ("Checkpoints", lambda: costs.checkpoints(rounds), "ms a step", 1e3),
+        ("Single batches", lambda: costs.single_batches(2 * rounds), "ms a batch", 1e3),
         ("Spectral norm", lambda: costs.spectral(2 * rounds), "ms a step", 1e3),
         ("In a process of their own", extras.starts, "s", 1),
         ("Peak memory on 400 MB of arrays", extras.memory, "MB", 1),

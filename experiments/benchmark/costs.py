@@ -1,4 +1,4 @@
-"""What parts of tfloop cost: a run on disk, its guard and its checkpoints; spectral norm on every kernel."""
+"""What parts of tfloop cost: a run on disk, its guard and its checkpoints; single batches; spectral norm."""
 
 import statistics
 import tempfile
@@ -54,6 +54,29 @@ class Alternately(keras.callbacks.Callback):
         self.begins.append(time.perf_counter())
 
 
+def single_batches(rounds):
+    """Seconds a batch of the small MLP where Python sees each: a callback's hook, and the `..._on_batch` methods."""
+    steps = 100
+    x, y = examples(128 * steps)
+    batch = x[:128], y[:128]
+    models = {"Keras": small_mlp(keras.Model, "auto"), "tfloop": small_mlp(jit_compile="auto")}
+    seeing = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: logs["loss"])
+    calls = {
+        "fit": lambda model: model.fit(x, y, batch_size=128, verbose=0, callbacks=[seeing]),
+        "train_on_batch": lambda model: [model.train_on_batch(*batch) for _ in range(steps)],
+        "test_on_batch": lambda model: [model.test_on_batch(*batch) for _ in range(steps)],
+        "predict_on_batch": lambda model: [model.predict_on_batch(batch[0]) for _ in range(steps)],
+    }
+    times: dict[str, list] = {f"{who}, {name}": [] for name in calls for who in models}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            for who, model in models.items():
+                before = time.perf_counter()
+                call(model)
+                times[f"{who}, {name}"].append((time.perf_counter() - before) / steps)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
 def spectral(rounds):
     """Seconds a step of a net of three convolutions at batch 64: plain, with Keras' layer, with tfloop's."""
     x, y = examples(1280, (28, 28, 1))
@@ -72,10 +95,10 @@ def examples(count, shape=(784,)):
     return x, np.random.default_rng(1).integers(0, 10, count)
 
 
-def small_mlp():
+def small_mlp(kind=tfloop.Model, jit_compile="loop"):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((784,))
-    return compiled(tfloop.Model(inputs, layers.Dense(10)(layers.Dense(100, activation="relu")(inputs))), "loop")
+    return compiled(kind(inputs, layers.Dense(10)(layers.Dense(100, activation="relu")(inputs))), jit_compile)
 
 
 def convolutions(wrap):

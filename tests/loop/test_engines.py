@@ -10,6 +10,7 @@ from loop_models import ENGINES, Chunks, Counting, compiled, data, dataset, fres
 import tfloop
 from tfloop.loop import engine as engines
 from tfloop.loop.source import make_source
+from tfloop.operation import Operation
 
 
 def fitted(x, y, options, **arguments):
@@ -74,6 +75,16 @@ def test_arrays_of_another_length_in_chunks_of_the_same(engine):
         sizes = (24, 48, 40)
         histories.append([model.fit(x[:n], y[:n], batch_size=4, verbose=0).history["loss"] for n in sizes])
     np.testing.assert_allclose(*histories, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("how", "compiled"), [("graph", False), ("jit", True), ("scan", True)])
+def test_what_is_to_be_compiled_is_handed_to_xla(how, compiled, monkeypatch):
+    functions = []
+    monkeypatch.setattr(engines, "Operation", lambda function: functions.append(function) or Operation(function))
+    fresh(**ENGINES[how]).fit(*data(16), batch_size=4, verbose=0)
+    graphs = [function.graph.as_graph_def() for function in functions]
+    nodes = [n for graph in graphs for n in (*graph.node, *(n for f in graph.library.function for n in f.node_def))]
+    assert any(n.attr["_XlaMustCompile"].b for n in nodes) == compiled
 
 
 FORMS = {
