@@ -28,7 +28,8 @@ def set_seed(seed, deterministic=False):
     use deterministic operations only (slower on GPUs; an operation that has no deterministic form
     then raises), which holds for the rest of the process.
 
-    Same seed, same bits holds for the same kind of machine and the same thread counts.
+    Same seed, same bits holds for the same kind of machine, the same thread counts and the same engine: with
+    `compile(jit_compile="auto")` each run measures which is the fastest, and may find another one.
     """
     global _seed
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
