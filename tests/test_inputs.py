@@ -3,10 +3,12 @@
 import keras
 import numpy as np
 import pytest
+import scipy.sparse
 import tensorflow as tf
-from keras import layers
+from keras import layers, ops
 
 import tfloop
+from tfloop.loop import arrays
 
 X = np.random.default_rng(0).normal(size=(10, 3)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(10, 2)).astype("float32")
@@ -286,3 +288,135 @@ def test_single_batches_as_in_keras():
     np.testing.assert_allclose(mine.test_on_batch(X, Y), keras_model.test_on_batch(X, Y), rtol=1e-5)
     assert list(mine.test_on_batch(X, Y, return_dict=True)) == ["loss", "mae"]
     np.testing.assert_allclose(mine.predict_on_batch(X), keras_model.predict_on_batch(X), rtol=1e-5)
+
+
+RAGGED = tf.RaggedTensor.from_row_lengths(X.ravel(), [1, 4, 3, 0, 5, 2, 2, 6, 3, 4])
+SPARSE = tf.sparse.from_dense(np.where(X > 0.3, X, 0))
+
+
+class Summing(keras.Model):
+    """Takes rows of any length."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(2, kernel_initializer="ones")
+
+    def call(self, x):
+        x = x.to_tensor() if isinstance(x, tf.RaggedTensor) else x
+        x = tf.sparse.reduce_sum(x, 1, keepdims=True) if isinstance(x, tf.SparseTensor) else ops.sum(x, 1, True)
+        return self.dense(ops.reshape(x, (-1, 1)))
+
+
+class OurSumming(Summing, tfloop.Model):
+    pass
+
+
+def scipy_matrix():
+    return scipy.sparse.csr_matrix(np.where(X > 0.3, X, 0).astype("float64"))
+
+
+@pytest.mark.parametrize("x", [lambda: RAGGED, lambda: SPARSE, scipy_matrix], ids=["ragged", "sparse", "SciPy"])
+@pytest.mark.parametrize("mode", [{}, {"run_eagerly": True}, {"steps_per_execution": 2}])
+def test_ragged_and_sparse_arrays_as_in_keras(x, mode):
+    theirs, ours = Summing(), OurSumming()
+    found = []
+    for model in (theirs, ours):
+        model.compile(keras.optimizers.SGD(0.01), "mse", metrics=["mae"], **mode)
+        history = model.fit(x(), Y, batch_size=4, epochs=2, shuffle=False, verbose=0).history
+        found.append([*history.values(), model.evaluate(x(), Y, verbose=0), model.get_weights()[0].ravel().tolist()])
+        found[-1].append(model.predict(x(), batch_size=4, verbose=0).ravel().tolist())
+    for mine, keras_value in zip(found[1], found[0], strict=True):
+        np.testing.assert_allclose(mine, keras_value, rtol=1e-5, atol=1e-6)
+
+
+def test_ragged_and_sparse_arrays_are_shuffled_and_split():
+    for x in (RAGGED, SPARSE):
+        dense = x.to_tensor() if x is RAGGED else tf.sparse.to_dense(x)
+        order = np.random.default_rng(0).permutation(10)
+        picked = arrays.picked(x, order)
+        found = picked.to_tensor() if x is RAGGED else tf.sparse.to_dense(picked)
+        np.testing.assert_array_equal(found, dense.numpy()[order])
+        model = OurSumming()
+        model.compile("sgd", "mse")
+        history = model.fit(x, Y, validation_split=0.3, batch_size=2, epochs=2, verbose=0).history
+        rest = arrays.picked(x, np.arange(7, 10))
+        np.testing.assert_allclose(history["val_loss"][-1], model.evaluate(rest, Y[7:], verbose=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("x", [RAGGED, SPARSE], ids=["ragged", "sparse"])
+def test_single_ragged_and_sparse_batches(x):
+    theirs, ours = Summing(), OurSumming()
+    for model in (theirs, ours):
+        model.compile(keras.optimizers.SGD(0.01), "mse")
+    for rows in ([0, 1, 2], [5, 3, 7], [8, 9]):
+        batch = arrays.picked(x, np.array(rows)), Y[rows]
+        np.testing.assert_allclose(ours.train_on_batch(*batch), theirs.train_on_batch(*batch), rtol=1e-5)
+        np.testing.assert_allclose(ours.test_on_batch(*batch), theirs.test_on_batch(*batch), rtol=1e-5)
+        np.testing.assert_allclose(ours.predict_on_batch(batch[0]), theirs.predict_on_batch(batch[0]), rtol=1e-5)
+
+
+class Untraceable(tfloop.Model):
+    """Can only run eagerly."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(2, kernel_initializer="ones")
+        self.noise = layers.GaussianNoise(0.1)
+
+    def call(self, x, training=False):
+        return self.noise(self.dense(tf.constant(x.numpy())), training=training)
+
+
+@pytest.mark.parametrize("data", ["arrays", "dataset", "generator"])
+def test_what_runs_eagerly_need_not_be_traceable(data):
+    model = Untraceable()
+    model.compile(keras.optimizers.SGD(0.0), "mse", metrics=["mae"], run_eagerly=True)
+    batch_size = 4 if data == "arrays" else None
+    history = model.fit(*FORMS[data](), batch_size=batch_size, shuffle=False, verbose=0).history
+    assert history["loss"][0] == pytest.approx(np.mean((X.sum(1, keepdims=True) - Y) ** 2), rel=0.2)
+    expected = np.mean(np.abs(X.sum(1, keepdims=True) - Y))
+    assert model.evaluate(X, Y, verbose=0)[1] == pytest.approx(expected, rel=1e-5)
+    for method in ("predict", "predict_on_batch"):
+        fresh = Untraceable()
+        fresh.compile(run_eagerly=True)
+        predicted = getattr(fresh, method)(X)
+        np.testing.assert_allclose(predicted, np.repeat(X.sum(1, keepdims=True), 2, 1), rtol=1e-4, atol=1e-6)
+
+
+def test_building_by_calling_leaves_no_trace():
+    """The first step draws the same random numbers as where the model was built by itself."""
+    found = []
+    for built in (False, True):
+        tfloop.set_seed(3)
+        model = Untraceable()
+        model.compile("adam", "mse", metrics=["mae"], run_eagerly=True)
+        if built:
+            model.dense.build((None, 3))
+            model.noise.build((None, 2))
+            model.built = True
+        model.fit(X, Y, batch_size=4, verbose=0)
+        found.append((tfloop.fingerprint(model), model.get_metrics_result()))
+    assert found[0] == found[1]
+
+
+class CountsInPython(keras.metrics.Mean):
+    """Its reset is more than its variables."""
+
+    seen = 0
+
+    def update_state(self, *args, **kwargs):
+        return super().update_state(1.0)
+
+    def reset_state(self):
+        super().reset_state()
+        self.seen += 1
+
+
+def test_a_reset_of_one_s_own_is_called_for_every_single_batch():
+    metric = CountsInPython(name="counts")
+    model = regression(metrics=[metric, "mae"])
+    before = metric.seen
+    for _ in range(3):
+        logs = model.train_on_batch(X, Y, return_dict=True)
+        assert logs["counts"] == 1.0
+    assert metric.seen - before == 3

@@ -82,18 +82,23 @@ def test_output_losses_come_apart_weighted():
     assert float(total) == 7.0
 
 
-def test_symbolic_build_makes_every_variable():
+@pytest.mark.parametrize("given", ["specs", "a batch", "ragged specs"])
+def test_build_makes_every_variable(given):
     class Net(keras.Model):
         def __init__(self):
             super().__init__()
             self.dense = layers.Dense(2)
 
         def call(self, x):
-            return self.dense(x)
+            return self.dense(x.to_tensor(shape=(4, 3)) if given == "ragged specs" else x)
 
     model = Net()
     model.compile("adam", "mse", metrics=["mae"])
-    _keras.symbolic_build(model, (tf.TensorSpec((4, 3)), tf.TensorSpec((4, 2))))
+    x = {"specs": tf.TensorSpec((4, 3)), "a batch": tf.ones((4, 3)), "ragged specs": tf.RaggedTensorSpec((4, None))}
+    y = tf.ones((4, 2)) if given == "a batch" else tf.TensorSpec((4, 2))
+    assert not _keras.is_built(model)
+    _keras.build(model, (x[given], y))
+    assert _keras.is_built(model)
     assert model.dense.built and model.optimizer.built
     assert len(model.metrics_variables) > 1
 

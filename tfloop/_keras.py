@@ -23,7 +23,7 @@ from keras.src.random import seed_generator
 from keras.src.utils.rng_utils import get_random_seed
 from tensorflow.python.framework.config import is_op_determinism_enabled
 
-# Attributes in which Keras keeps its own books: they hold layers, but name none of them.
+# Attributes in which Keras keeps its own books: those that hold layers name none of them, the others hold none.
 BOOKKEEPING_ATTRIBUTES = frozenset(
     {
         "_layers",
@@ -44,6 +44,14 @@ BOOKKEEPING_ATTRIBUTES = frozenset(
         "_seed_generators",
         "_compile_config",
         "_with_terms",
+        "_tracked",
+        "_trainable_variables",
+        "_non_trainable_variables",
+        "_losses",
+        "_losses_override",
+        "_build_shapes_dict",
+        "_call_has_context_arg",
+        "call_signature_parameters",
     }
 )
 
@@ -215,17 +223,47 @@ def forget_compilation(model):
     model.loss = model._compile_loss = model._compile_metrics = None
 
 
-def symbolic_build(model, batch):
-    """Builds the model's layers, compiled metrics and optimizer for a batch, as Keras' own `fit` does.
+def build(model, batch):
+    """Builds the model's layers, compiled metrics and optimizer for a batch, or for one of which there are only specs.
 
+    With specs as Keras' own `fit` does under a strategy. Keras has no symbolic tensors for ragged and sparse ones: for
+    these a trace that is never run. A batch itself is given to the model, as what runs eagerly need not be traceable.
     What the user's code raises comes out as it is; Keras would make a `RuntimeError` of most of it.
     """
+    specs = [isinstance(leaf, tf.TypeSpec) for leaf in tf.nest.flatten(batch) if leaf is not None]
+    dense = [isinstance(leaf, tf.TensorSpec) for leaf in tf.nest.flatten(batch) if leaf is not None]
+    if not all(dense):
+        _build_by_calling(model, batch, traced=all(specs))
+        return
     try:
         model._symbolic_build(data_batch=batch)
     except RuntimeError as error:
         if error.__context__ is None or not str(error).startswith("Unable to automatically build the model"):
             raise
         raise error.__context__ from None
+
+
+def is_built(model):
+    """Whether all layers are built, and what `compile` was given."""
+    parts = [*model._flatten_layers(), model._compile_metrics, model._compile_loss]
+    return all(part is None or part.built for part in parts)
+
+
+def _build_by_calling(model, batch, traced):
+    def call(x, y, sample_weight):
+        y_pred = model(x, training=False)
+        if model._compile_metrics is not None:
+            model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        if model._compile_loss is not None:
+            model._compute_loss(x, y, y_pred, sample_weight, training=False)
+
+    if not is_built(model):
+        if traced:
+            call = tf.function(call, autograph=False).get_concrete_function
+        call(*keras.utils.unpack_x_y_sample_weight(batch))
+    if model.optimizer is not None and not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    model._post_build()
 
 
 def own_trainable_variables(layer):

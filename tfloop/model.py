@@ -485,8 +485,15 @@ class Model(Adding, keras.Model):
 
     def reset_metrics(self):
         """Resets every metric object, also those that an overridden `metrics` does not list."""
-        for metric in {id(m): m for m in [*self.metrics, *terms.all_metrics(self)]}.values():
+        for metric in self._every_metric():
             metric.reset_state()
+
+    def _every_metric(self):
+        """The metric objects that `metrics` lists, and those that it does not where a user's own leaves some out."""
+        found = terms.all_metrics(self)
+        if type(self).metrics is Model.metrics:
+            return found
+        return list({id(m): m for m in [*self.metrics, *found]}.values())
 
     @property
     def _resets_all_metrics(self):
@@ -578,23 +585,25 @@ class Model(Adding, keras.Model):
         """The outputs for data, as NumPy arrays. Changes no metric. As `keras.Model.predict`."""
         if not self.compiled:
             self.compile(loss=None)
-        return self._get_loop().predict(x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks)
+        return self._get_loop().batchwise.predict(
+            x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
+        )
 
     def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
         """One update on one batch. Returns the batch's loss and metrics, as Keras does."""
-        logs = self._get_loop().on_batch("train", x, y, sample_weight, class_weight)
+        logs = self._get_loop().batchwise.step("train", x, y, sample_weight, class_weight)
         return logs if return_dict else as_list(logs)
 
     def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
         """The loss and metrics of one batch."""
-        logs = self._get_loop().on_batch("test", x, y, sample_weight)
+        logs = self._get_loop().batchwise.step("test", x, y, sample_weight)
         return logs if return_dict else as_list(logs)
 
     def predict_on_batch(self, x):
         """The outputs for one batch, as NumPy arrays."""
         if not self.compiled:
             self.compile(loss=None)
-        return self._get_loop().predict_on_batch(x)
+        return self._get_loop().batchwise.predict_on_batch(x)
 
 
 class FunctionalModel(Model, _keras.Functional):

@@ -15,7 +15,7 @@ import keras
 from tfloop import _keras
 
 Layers = dict[int, str]
-NO_LAYERS = frozenset({type(None), bool, int, float, str})  # attributes of these kinds need no look
+HOLDERS = keras.Operation, dict, list, tuple  # what may be a layer, or hold some
 
 
 def children(layer):
@@ -37,7 +37,7 @@ def children(layer):
     for child in graph_operations(layer):
         add(child.name, child)
     for name, value in vars(layer).items():
-        if type(value) not in NO_LAYERS and not _keras.is_bookkeeping(name):
+        if isinstance(value, HOLDERS) and not _keras.is_bookkeeping(name):
             add(name, value)
     for child in _keras.tracked_layers(layer):  # tracked by a container that is no attribute
         add(child.name, child)

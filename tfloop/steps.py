@@ -33,7 +33,7 @@ class ModelSteps:
         return result
 
     def build(self, batch):
-        """Makes all variables, so that a step can be traced inside a loop."""
+        """Makes all variables, so that a step can be traced inside a loop. From specs, or a batch, if `needs_batch`."""
         model = self.model
         replicas.check(model)
         with model.distribute_strategy.scope():
@@ -42,13 +42,32 @@ class ModelSteps:
         self._count_updates()
 
     def _build(self, model, batch):
-        with running(Step("build")), model._trainable_as_compiled():
+        with running(Step("build")), model._trainable_as_compiled(), self._taken_back(self.needs_batch):
             if type(model).call is not keras.Model.call:
-                _keras.symbolic_build(model, batch)
+                _keras.build(model, batch)
             elif model.optimizer is not None and not model.optimizer.built and model.trainable_variables:
                 model.optimizer.build(model.trainable_variables)
         for average in model._averages:
             average.build(model)
+
+    @property
+    def needs_batch(self):
+        """Whether variables are made by calling the model: what is run eagerly need not be traceable."""
+        return self.eager and type(self.model).call is not keras.Model.call and not _keras.is_built(self.model)
+
+    @contextlib.contextmanager
+    def _taken_back(self, really=True):
+        """What happens to variables here is undone. Those made here are kept."""
+        if not really:
+            yield
+            return
+        variables = {**reproducibility.state_variables(self.model), **reproducibility.metric_variables(self.model)}
+        variables |= reproducibility.process_variables()
+        before = reproducibility.snapshot(variables)
+        try:
+            yield
+        finally:
+            reproducibility.assign(variables, before)
 
     def _count_updates(self):
         """An optimizer that has taken steps elsewhere, or was loaded, sets the count of updates."""
@@ -65,21 +84,18 @@ class ModelSteps:
             if not optimizer.built:
                 optimizer.build(variables)
 
-        variables = {**reproducibility.state_variables(self.model), **reproducibility.metric_variables(self.model)}
-        variables |= reproducibility.process_variables()
-        before = reproducibility.snapshot(variables)
-        try:
-            with _keras.observing_applies(lambda *_: None, build):  # it gives no gradients: there is no update
-                self.run("train", batch)
-        finally:
-            reproducibility.assign(variables, before)
+        with self._taken_back(), _keras.observing_applies(lambda *_: None, build):  # no gradients: there is no update
+            self.run("train", batch)
 
     def build_for_prediction(self, batch):
         """Builds the layers alone: a batch to predict has no targets to build losses and metrics with."""
+        model = self.model
+        if type(model).call is keras.Model.call or model.built:
+            return
         x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
-        with self.model.distribute_strategy.scope(), running(Step("build")):
-            if type(self.model).call is not keras.Model.call and not self.model.built:
-                self.model(keras.tree.map_structure(lambda s: keras.KerasTensor(s.shape, s.dtype.name), x))
+        with model.distribute_strategy.scope(), running(Step("build")), self._taken_back(self.needs_batch):
+            call = model if self.needs_batch else tf.function(model, autograph=False).get_concrete_function
+            call(x)
 
     @property
     def seed(self):
@@ -162,12 +178,23 @@ class ModelSteps:
             stack.enter_context(average.for_validation(self.model))
         return stack
 
-    def reset_metrics(self):
-        """Resets all metric objects, also those that the user's own `reset_metrics` leaves out."""
-        self.model.reset_metrics()
+    def reset_metrics(self, but=()):
+        """Resets all metric objects, also those that the user's own `reset_metrics` leaves out.
+
+        `but`: those that the caller resets.
+        """
         if not self.model._resets_all_metrics:
-            for metric in terms.all_metrics(self.model):
+            self.model.reset_metrics()
+        left = {id(m) for m in but}
+        for metric in self.model._every_metric():
+            if id(metric) not in left:
                 metric.reset_state()
+
+    def metrics_to_reset(self):
+        """The metric objects that a graph can reset. None where a strategy keeps their variables on several devices."""
+        if self.replicated:
+            return []
+        return [m for m in self.model._every_metric() if terms.resets_its_variables(m)]
 
     def metric_variables(self):
         """The variables of all metric objects, on every device here."""

@@ -264,6 +264,12 @@ def registry(owner):
     return getattr(owner, "_terms", _NOTHING)
 
 
+def resets_its_variables(metric):
+    """Whether resetting a metric object sets its variables and does nothing else: what Keras' own do."""
+    parts = metric, *_keras.inner_metrics(metric)
+    return all(getattr(m.reset_state, "__module__", "").startswith("keras.") for m in parts)
+
+
 def all_metrics(model):
     """The metric objects of a model and everything below it, whatever an overridden `metrics` lists."""
     found = {id(m): m for m in _keras.compiled_metrics(model)}

@@ -1,7 +1,8 @@
 """ArraySource: arrays of equal length, in batches, in an order that is a function of (seed, epoch).
 
 Arrays that take a small part of the memory stay where the steps run, and are gathered by index there. Larger
-ones, and `numpy.memmap`s, are gathered on the host, in a thread, one chunk ahead.
+ones, and `numpy.memmap`s, are gathered on the host, in a thread, one chunk ahead. Where there is a ragged or sparse
+tensor among them, batches are picked one by one.
 """
 
 import concurrent.futures
@@ -12,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfloop.loop.devices import resident_bytes
-from tfloop.loop.feed import Feed, as_tensor, empty, flat, nbytes, padded, patiently, power_of_two
+from tfloop.loop.feed import COMPOSITE, Feed, as_tensor, empty, flat, nbytes, padded, patiently, power_of_two
 
 BLOCK_BYTES = 32 * 2**20  # of the batches of one chunk, where these are gathered on the host
 
@@ -47,9 +48,7 @@ class ArraySource:
         self._tensors = None
 
     def spec_for(self, size):
-        return tf.nest.map_structure(
-            lambda a: None if a is None else tf.TensorSpec((size, *a.shape[1:]), dtype_of(a)), self.data
-        )
+        return tf.nest.map_structure(lambda a: None if a is None else spec_of_rows(a, size), self.data)
 
     def tensors(self):
         """The arrays as tensors that stay where the steps run."""
@@ -79,7 +78,8 @@ class ArraySource:
         """As if so many epochs had been read before, by a process that this one follows."""
 
     def feeder(self, epoch, start=0, capacity=1, blocks=False):
-        made = ResidentFeeder if self.resident else GatheringFeeder
+        picking = any(isinstance(a, COMPOSITE) for a in self.arrays)
+        made = PickingFeeder if picking else ResidentFeeder if self.resident else GatheringFeeder
         return made(self, epoch * self.steps + start, (epoch + 1) * self.steps, capacity)
 
     def sample(self, count, capacity, blocks=False):
@@ -130,6 +130,25 @@ class ResidentFeeder:
         if size < source.batch_size:
             return Feed("rows", (source.tensors(), rows), 1, source.spec_for(size), short=True)
         return Feed("rows", (source.tensors(), padded(rows, self._capacity)), len(rows), source.spec)
+
+    def close(self):
+        pass
+
+
+class PickingFeeder:
+    """Picks batches one by one."""
+
+    def __init__(self, source, position, end, capacity):
+        self._source = source
+        self._rows = Rows(source, position, end)
+
+    def take(self, limit):
+        rows = self._rows.take(1)
+        if rows is None:
+            return None
+        source, size = self._source, rows.shape[1]
+        batch = [picked(a, rows[0]) for a in source.arrays]
+        return Feed("batch", batch, 1, source.spec_for(size), short=size < source.batch_size)
 
     def close(self):
         pass
@@ -197,6 +216,30 @@ def resident(array):
     made = empty(array.shape, dtype_of(array))
     made[...] = array
     return as_tensor(made)
+
+
+def spec_of_rows(array, size):
+    shape = size, *array.shape[1:]
+    if isinstance(array, tf.RaggedTensor):
+        return tf.RaggedTensorSpec(shape, array.dtype, array.ragged_rank, array.row_splits.dtype)
+    return (
+        tf.SparseTensorSpec(shape, array.dtype)
+        if isinstance(array, tf.SparseTensor)
+        else tf.TensorSpec(shape, dtype_of(array))
+    )
+
+
+def picked(array, rows):
+    """The examples `rows` of an array, or of a ragged or sparse tensor, as a tensor of that kind."""
+    if not isinstance(array, tf.SparseTensor):
+        return tf.cast(tf.gather(array, rows), dtype_of(array))
+    inside = array.indices.numpy()
+    begins, ends = (np.searchsorted(inside[:, 0], rows, side) for side in ("left", "right"))
+    counts = ends - begins
+    entries = np.repeat(begins - np.append(0, np.cumsum(counts)[:-1]), counts) + np.arange(counts.sum())
+    indices = inside[entries]
+    indices[:, 0] = np.repeat(np.arange(len(rows)), counts)
+    return tf.SparseTensor(indices, tf.gather(array.values, entries), (len(rows), *array.shape[1:]))
 
 
 def filled_up(array, capacity):

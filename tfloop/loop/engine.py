@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tfloop.loop import random_numbers
 from tfloop.loop.devices import on_gpu
-from tfloop.loop.feed import batch_of, flat, packed, spec_of
+from tfloop.loop.feed import COMPOSITE, batch_of, flat, packed
 from tfloop.loop.record import Record
 from tfloop.operation import Operation
 from tfloop.plain import plain_variable
@@ -73,11 +73,8 @@ class Program:
         return [n.op for n in graph.node] + [n.op for f in graph.library.function for n in f.node_def]
 
     def predict_eagerly(self, *tensors):
+        """The predictions, in plain Python."""
         return self._steps.run("predict", packed(self.spec, tensors))
-
-    @functools.cached_property
-    def predict(self):
-        return tf.function(self.predict_eagerly, autograph=False)
 
     def results(self):
         """The values that are read once a chunk, as one vector."""
@@ -93,9 +90,14 @@ class Program:
         return Operation(tf.function(self.results, autograph=False).get_concrete_function())
 
     @functools.cached_property
-    def one_step(self):
-        """The step as an operation on the batch's flat tensors, which gives the row."""
-        return Operation(self.traced())
+    def alone(self):
+        """The step as a `SingleStep`."""
+        return SingleStep(self, self._steps)
+
+    @functools.cached_property
+    def prediction(self):
+        """Of a program that predicts: the step as a `Prediction`."""
+        return Prediction(self, self._steps)
 
     def chunk(self, engine, feed):
         """The operation `(args, count) -> rows, results` for an engine and feeds of one kind and shape."""
@@ -170,6 +172,55 @@ class Stream:
         except tf.errors.OpError as raised:
             error = raised
         return self._rows.numpy()[: int(self._done.numpy())], error
+
+
+class SingleStep:
+    """A step that stands alone, compiled as one operation: metric objects begin anew, and what they say comes with
+    the row."""
+
+    def __init__(self, program, steps):
+        step = program.traced()  # before the results: its layout says what they are
+        self._steps = steps
+        self._metrics = steps.metrics_to_reset()
+
+        def alone(*tensors):
+            for metric in self._metrics:
+                metric.reset_state()
+            return step(*tensors), program.results()
+
+        self._run = Operation(tf.function(alone, autograph=False).get_concrete_function(*flat(program.spec)))
+
+    def __call__(self, tensors):
+        """Returns the row and the results as arrays."""
+        self._steps.reset_metrics(but=self._metrics)
+        row, results = self._run(*tensors)
+        return row.numpy(), results.numpy()
+
+
+class Prediction:
+    """A step that predicts, compiled as one operation. Metric objects that `call` updates are as they were after it."""
+
+    def __init__(self, program, steps):
+        function = tf.function(program.predict_eagerly, autograph=False).get_concrete_function(*flat(program.spec))
+        taken = {id(t) for t in function.captured_inputs}
+        self._changed = [v for v in steps.metric_variables() if id(v.handle) in taken]
+        self._run, self._structure = Operation(function), function.structured_outputs
+
+    def __call__(self, tensors):
+        with untouched(self._changed):
+            return packed(self._structure, self._run(*tensors), expand_composites=True)
+
+
+@contextlib.contextmanager
+def untouched(variables):
+    """The variables are, afterwards, what they were before."""
+    before = [v.numpy() for v in variables]
+    try:
+        yield
+    finally:
+        for variable, value in zip(variables, before, strict=True):
+            if not np.array_equal(variable.numpy(), value):  # assigning takes longer than reading
+                variable.assign(value)
 
 
 class Runner:
@@ -253,21 +304,28 @@ class Runner:
             return Record(None, first, np.zeros((0, 1)), {})
         return record(program, first, np.stack(rows), program.results().numpy())
 
-    def run_batch(self, engine, kind, batch, first):
-        """One step on one batch of tensors, as `train_on_batch` does it."""
-        spec = spec_of(batch)
-        program = self.program(kind, spec)
-        tensors = [tf.convert_to_tensor(t) for t in flat(batch)]
-        if engine == "eager":
+    def run_batch(self, kind, spec, batch, eager):
+        """One step on the flat tensors of a batch, with metric objects that begin anew. Returns its `Record`."""
+        program, tensors = self.program(kind, spec), as_tensors(batch)
+        first = int(self._steps.updates.numpy())
+        if eager:
+            self._steps.reset_metrics()
             row = program.run_eagerly(tensors)
             return record(program, first, row.numpy()[None], program.results().numpy())
-        (row,) = program.one_step(*tensors)
-        return record(program, first, row.numpy()[None], program.read_results())
+        row, results = program.alone(tensors)
+        return record(program, first, row[None], results)
 
-    def predict(self, spec, tensors, eager):
-        """The predictions for one batch."""
-        program = self.program("predict", spec)
-        return program.predict_eagerly(*tensors) if eager else program.predict(*tensors)
+    def predict(self, spec, batch, eager):
+        """The predictions for the flat tensors of a batch. They change no metric object."""
+        program, tensors = self.program("predict", spec), as_tensors(batch)
+        if not eager:
+            return program.prediction(tensors)
+        with untouched(self._steps.metric_variables()):
+            return program.predict_eagerly(*tensors)
+
+
+def as_tensors(batch):
+    return [t if isinstance(t, COMPOSITE) else tf.convert_to_tensor(t) for t in batch]
 
 
 def record(program, first, rows, results, error=None):

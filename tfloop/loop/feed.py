@@ -11,6 +11,7 @@ from absl import logging
 from tfloop.loop.devices import on_gpu
 
 PAUSES = (0.1, 0.5, 2.5)  # seconds, before data are read again
+COMPOSITE = tf.RaggedTensor | tf.SparseTensor
 ALIGNMENT = 64  # bytes: what TensorFlow asks of memory that it takes over without a copy
 
 
@@ -56,14 +57,20 @@ def flat(structure):
     return [leaf for leaf in tf.nest.flatten(structure) if leaf is not None]
 
 
-def packed(spec, tensors):
-    """The batch again, in the structure of `spec`, `None` where it has `None`."""
+def packed(spec, tensors, expand_composites=False):
+    """The tensors in the structure of `spec`, `None` where it has `None`."""
     tensors = iter(tensors)
-    return tf.nest.pack_sequence_as(spec, [None if leaf is None else next(tensors) for leaf in tf.nest.flatten(spec)])
+    leaves = tf.nest.flatten(spec, expand_composites)
+    return tf.nest.pack_sequence_as(spec, [None if s is None else next(tensors) for s in leaves], expand_composites)
 
 
 def spec_of(batch):
-    return tf.nest.map_structure(lambda a: None if a is None else tf.TensorSpec(a.shape, a.dtype), batch)
+    """The batch's structure with a `tf.TensorSpec`, or that of a ragged or sparse tensor, for every leaf."""
+    return tf.nest.map_structure(lambda a: None if a is None else _spec_of(a), batch)
+
+
+def _spec_of(leaf):
+    return tf.type_spec_from_value(leaf) if isinstance(leaf, COMPOSITE) else tf.TensorSpec(leaf.shape, leaf.dtype)
 
 
 def patiently(read):

@@ -14,13 +14,12 @@ from tfloop import names
 from tfloop.loop import source as sources
 from tfloop.loop import tuner
 from tfloop.loop.accumulation import accumulated
+from tfloop.loop.batchwise import Batchwise, first_batch
 from tfloop.loop.engine import COMPILED, Runner
-from tfloop.loop.feed import batch_of, flat, packed, spec_of
 from tfloop.loop.hooks import Hooks
 from tfloop.loop.keeper import Keeper
 from tfloop.loop.observer import Observer, Position, observer_of
 from tfloop.loop.pace import Pace
-from tfloop.loop.record import Aggregate
 from tfloop.progress import Progress
 
 VALIDATION = {"title": "validation", "transient": True}  # how the bar of a validation within an epoch looks
@@ -33,11 +32,11 @@ class Loop:
         self._steps = steps
         self._runner = Runner(steps)
         self._tuner = tuner.Tuner(self._runner)
+        self.batchwise = Batchwise(steps, self._runner)
         self._keeper = None
         self._given = None  # the choice of an earlier process
         self._chosen = None
         self.engine = None
-        self._known_batches = set()  # kinds and forms of batches that single steps were made on
         self.position = Position()  # of the fit that runs, or ran last
 
     @property
@@ -63,7 +62,7 @@ class Loop:
 
     def build(self, source):
         """Makes all variables that do not need a step to run."""
-        self._steps.build(source.spec)
+        self._steps.build(first_batch(source) if self._steps.needs_batch else source.spec)
 
     def trace(self, source):
         """Traces the training step, where it is not run eagerly: that makes what it makes when it first runs."""
@@ -75,9 +74,7 @@ class Loop:
         if not self._steps.eager:
             self.trace(source)
             return
-        feed = source.sample(1, 1)
-        tensors = flat(feed.args[0].get_next()) if feed.kind == "iterator" else batch_of(feed.kind, feed.args, 0)
-        self._steps.build_optimizers(packed(feed.spec, tensors))
+        self._steps.build_optimizers(first_batch(source))
 
     def step(self, batch):
         """Makes one training step on a batch. Returns its row and layout."""
@@ -124,7 +121,7 @@ class Loop:
         validation = self._validation(validation_data, validation_batch_size or batch_size, validation_steps)
         if self._steps.choices["accumulate"] > 1:
             source, self._steps.micro_batch = accumulated(source, self._steps.choices["accumulate"])
-        self._steps.build(source.spec)
+        self.build(source)
         self._steps.start()
         hooks = Hooks(callbacks, model, epochs=epochs, steps=source.steps, verbose=verbose)
         observer = observer_of(hooks.callbacks)
@@ -289,7 +286,7 @@ class Loop:
     def _one_by_one(self, hooks, kind="train"):
         return self._steps.eager or hooks.want_batches(kind)
 
-    # Evaluation and prediction.
+    # Evaluation.
 
     def _validation(self, data, batch_size, steps):
         if data is None:
@@ -307,7 +304,7 @@ class Loop:
 
     def evaluate(self, x, y, *, batch_size, verbose, sample_weight, steps, callbacks):
         source = sources.make_source(x, y, sample_weight, batch_size, steps)
-        self._steps.build(source.spec)
+        self.build(source)
         hooks = Hooks(callbacks, self._steps.model, epochs=1, steps=source.steps, verbose=verbose)
         return self._test(source, hooks, verbose, Observer())
 
@@ -332,86 +329,6 @@ class Loop:
             bar.finish(logs)
         return logs
 
-    def predict(self, x, *, batch_size, verbose, steps, callbacks):
-        source = sources.make_source(x, None, None, batch_size, steps)
-        self._steps.build_for_prediction(source.spec)
-        hooks = Hooks(callbacks, self._steps.model, epochs=1, steps=source.steps, verbose=verbose)
-        bar = Progress(source.steps, verbose=verbose)
-        model = self._steps.model
-        model.stop_predicting = False
-        outputs, done = [], 0
-        with self._metrics_untouched():
-            hooks.on_predict_begin()
-            for batch in batches(source):
-                hooks.on_predict_batch_begin(done)
-                outputs.append(self._predict_batch(batch))
-                hooks.on_predict_batch_end(done, {"outputs": outputs[-1]})
-                done += 1
-                bar.update(done, {})
-                if model.stop_predicting:
-                    break
-            hooks.on_predict_end()
-        if not outputs:
-            raise ValueError("The data are empty: there is no batch to predict. Expected at least one.")
-        bar.finish()
-        return tf.nest.map_structure(lambda *parts: concatenated(parts), *outputs)
-
-    def predict_on_batch(self, x):
-        batch = tf.nest.map_structure(sources.as_array, keras.utils.pack_x_y_sample_weight(x))
-        spec = spec_of(batch)
-        self._steps.build_for_prediction(spec)
-        with self._as_before("predict", spec), self._metrics_untouched():
-            return tf.nest.map_structure(to_numpy, self._predict_batch(batch))
-
-    def _predict_batch(self, batch):
-        spec = spec_of(batch)
-        tensors = [
-            tf.convert_to_tensor(t) if not isinstance(t, tf.RaggedTensor | tf.SparseTensor) else t for t in flat(batch)
-        ]
-        return self._runner.predict(spec, tensors, self._steps.eager)
-
-    @contextlib.contextmanager
-    def _metrics_untouched(self):
-        """Metric objects that `call` updates are as they were after a prediction."""
-        variables = self._steps.metric_variables()
-        before = [v.numpy() for v in variables]
-        try:
-            yield
-        finally:
-            for variable, value in zip(variables, before, strict=True):
-                if not np.array_equal(variable.numpy(), value):  # assigning takes longer than reading
-                    variable.assign(value)
-
-    # Single batches.
-
-    def on_batch(self, kind, x, y, sample_weight=None, class_weight=None):
-        data = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-        data = tf.nest.map_structure(sources.as_array, data)
-        if class_weight is not None:
-            data = sources.weighing(class_weight)(data)
-        sources.common_length(data)
-        spec = spec_of(data)
-        self._steps.build(spec)
-        with self._as_before(kind, spec):
-            if kind == "train":
-                self._steps.start()
-            engine = "eager" if self._steps.eager else "graph"
-            first = int(self._steps.updates.numpy())
-            self._steps.reset_metrics()
-            aggregate = Aggregate()
-            aggregate.add(self._runner.run_batch(engine, kind, data, first))
-            logs = aggregate.values()
-            self._steps.publisher()(logs)
-        return logs
-
-    @contextlib.contextmanager
-    def _as_before(self, kind, spec):
-        """The model is walked over once, except in the first step on such a batch, which may still make layers."""
-        batch = kind, *flat(spec)
-        with names.unchanging() if batch in self._known_batches else contextlib.nullcontext():
-            yield
-        self._known_batches.add(batch)
-
 
 def nested(verbose):
     """How much an evaluation inside an epoch shows: a bar while it runs, and no line of its own."""
@@ -426,32 +343,6 @@ def discard(feeder):
     there = bool(feed.args[0].get_next_as_optional().has_value())
     feeder.took(int(there), 1)
     return there
-
-
-def batches(source):
-    """The batches of a source's first epoch, one by one, as host arrays or tensors."""
-    feeder = source.feeder(0)
-    while (feed := feeder.take(1)) is not None:
-        if feed.kind == "iterator":
-            batch = feed.args[0].get_next_as_optional()
-            more = bool(batch.has_value())
-            feeder.took(int(more), 1)
-            if not more:
-                return
-            yield batch.get_value()
-        else:
-            yield packed(feed.spec, batch_of(feed.kind, feed.args, 0))
-
-
-def concatenated(parts):
-    parts = [to_numpy(p) for p in parts]
-    if isinstance(parts[0], tf.RaggedTensor | tf.SparseTensor):
-        return tf.concat(parts, 0)
-    return np.concatenate([np.atleast_1d(p) for p in parts]) if len(parts) > 1 else parts[0]
-
-
-def to_numpy(value):
-    return value.numpy() if hasattr(value, "numpy") and not isinstance(value, tf.RaggedTensor) else value
 
 
 def check_epochs(epochs, initial_epoch):

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfloop.loop.arrays import ArraySource
+from tfloop.loop.arrays import ArraySource, picked
 from tfloop.loop.feed import patiently
 from tfloop.loop.streams import DatasetSource, PythonSource
 
@@ -123,8 +123,13 @@ def is_plain(value):
 
 def as_array(value):
     """NumPy arrays and tensors as they are, floats of 64 bits as Keras' floatx; the rest as NumPy arrays."""
-    if value is None or isinstance(value, tf.Tensor | tf.RaggedTensor | tf.SparseTensor):
+    if value is None or isinstance(value, tf.Tensor | tf.RaggedTensor):
         return value
+    if hasattr(value, "tocoo"):  # of SciPy
+        value = value.tocoo()
+        value = tf.SparseTensor(np.stack([value.row, value.col], 1).astype(np.int64), as_array(value.data), value.shape)
+    if isinstance(value, tf.SparseTensor):
+        return tf.sparse.reorder(value)
     if isinstance(value, tf.Variable | keras.Variable):
         return tf.convert_to_tensor(value)
     if hasattr(value, "detach"):  # a torch tensor
@@ -214,6 +219,10 @@ def split(x, y, sample_weight, share):
     at = int(total * (1 - share))
     if at in (0, total):
         raise ValueError(f"validation_split={share!r} of {total} examples leaves one of the two parts empty.")
-    first = [tf.nest.map_structure(lambda a: None if a is None else a[:at], p) for p in parts]
-    last = [tf.nest.map_structure(lambda a: None if a is None else a[at:], p) for p in parts]
+    first = [tf.nest.map_structure(lambda a: None if a is None else part_of(a, 0, at), p) for p in parts]
+    last = [tf.nest.map_structure(lambda a: None if a is None else part_of(a, at, total), p) for p in parts]
     return first, last
+
+
+def part_of(array, start, end):
+    return picked(array, np.arange(start, end)) if isinstance(array, tf.SparseTensor) else array[start:end]

@@ -64,12 +64,16 @@ class DatasetSource:
 
     def skip_epochs(self, count):
         """As if so many epochs had been read before, by a process that this one follows."""
+        if not count:
+            return
+        sampled = self._iterator is not None  # and that is the first epoch's
         if not self._endless:
-            for _ in range(count):
+            for _ in range(count - sampled):
                 next(iter(self.dataset), None)  # what shuffles anew draws its seeds here
-        elif count:
-            self._iterator = iter(self.dataset)
-            for _ in range(count * self.steps):
+            self._iterator, self._first = None, []
+        else:
+            self._iterator = self._iterator or iter(self.dataset)
+            for _ in range(count * self.steps - len(self._first)):
                 next(self._iterator)
             self._first = [next(self._iterator)]
 

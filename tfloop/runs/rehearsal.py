@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tfloop import reproducibility
 from tfloop.averaging import WeightAverage
-from tfloop.loop import fitting
+from tfloop.loop import batchwise
 from tfloop.loop import source as sources
 from tfloop.loop.observer import Observer
 from tfloop.runs.sentry import leaves, replayed
@@ -93,9 +93,9 @@ def one_batch(x, y, arguments):
     arguments.pop("shuffle", None)
     weight = arguments.pop("sample_weight", None)
     source = sources.make_source(x, y, weight, batch_size, steps)
-    batch = next(iter(fitting.batches(source)))
+    batch = next(iter(batchwise.batches(source)))
     x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
-    size = len(keras.tree.flatten(x)[0])
+    size = sources.common_length(batch)
     one = {"batch_size": size, "shuffle": False, "sample_weight": weight, "steps_per_epoch": source.steps or 100}
     return x, y, {**arguments, **one}
 
@@ -103,7 +103,7 @@ def one_batch(x, y, arguments):
 def dry_run(model, x, y, **arguments):
     """Yields lines about the data, the model and one step, which is taken back."""
     source = build(model, x, y, arguments)
-    batch = next(iter(fitting.batches(source)))
+    batch = next(iter(batchwise.batches(source)))
     of_batch = list(leaves(batch))
     yield f"{source.steps or 'unknown'} steps an epoch, {arguments.get('epochs', 1)} epochs. The first batch:"
     yield from table((name, *_described(leaf)) for name, leaf in of_batch)

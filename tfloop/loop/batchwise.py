@@ -1,0 +1,114 @@
+"""Batchwise: predictions, and steps on single batches, as `predict` and the `..._on_batch` methods make them.
+
+Beside the loop: there are no epochs, no engine is chosen, and Python sees each batch.
+"""
+
+import contextlib
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfloop import names
+from tfloop.loop import source as sources
+from tfloop.loop.feed import batch_of, flat, packed, spec_of
+from tfloop.loop.hooks import Hooks
+from tfloop.loop.record import Aggregate
+from tfloop.progress import Progress
+
+
+class Batchwise:
+    """Predictions of a model, and its steps on single batches."""
+
+    def __init__(self, steps, runner):
+        self._steps = steps
+        self._runner = runner
+        self._known = set()  # kinds and forms of batches that were seen before
+
+    def step(self, kind, x, y, sample_weight=None, class_weight=None):
+        """One step on one batch, with metrics that begin anew. Returns its values by name."""
+        batch = tf.nest.map_structure(sources.as_array, keras.utils.pack_x_y_sample_weight(x, y, sample_weight))
+        if class_weight is not None:
+            batch = sources.weighing(class_weight)(batch)
+        sources.common_length(batch)
+        spec = spec_of(batch)
+        self._steps.build(batch if self._steps.needs_batch else spec)
+        with self._unchanging(kind, spec):
+            if kind == "train":
+                self._steps.start()
+            aggregate = Aggregate()
+            aggregate.add(self._runner.run_batch(kind, spec, flat(batch), self._steps.eager))
+            values = aggregate.values()
+            self._steps.publisher()(values)
+        return values
+
+    def predict_on_batch(self, x):
+        batch = tf.nest.map_structure(sources.as_array, keras.utils.pack_x_y_sample_weight(x))
+        spec = spec_of(batch)
+        self._steps.build_for_prediction(batch if self._steps.needs_batch else spec)
+        with self._unchanging("predict", spec):
+            return tf.nest.map_structure(to_numpy, self._runner.predict(spec, flat(batch), self._steps.eager))
+
+    def predict(self, x, *, batch_size, verbose, steps, callbacks):
+        source = sources.make_source(x, None, None, batch_size, steps)
+        self._steps.build_for_prediction(first_batch(source) if self._steps.needs_batch else source.spec)
+        model = self._steps.model
+        hooks = Hooks(callbacks, model, epochs=1, steps=source.steps, verbose=verbose)
+        bar = Progress(source.steps, verbose=verbose)
+        model.stop_predicting = False
+        outputs = []
+        hooks.on_predict_begin()
+        with self._runner.unchanging():
+            for i, batch in enumerate(batches(source)):
+                hooks.on_predict_batch_begin(i)
+                outputs.append(self._runner.predict(spec_of(batch), flat(batch), self._steps.eager))
+                hooks.on_predict_batch_end(i, {"outputs": outputs[-1]})
+                bar.update(i + 1, {})
+                if model.stop_predicting:
+                    break
+        hooks.on_predict_end()
+        if not outputs:
+            raise ValueError("The data are empty: there is no batch to predict. Expected at least one.")
+        bar.finish()
+        return tf.nest.map_structure(lambda *parts: concatenated(parts), *outputs)
+
+    @contextlib.contextmanager
+    def _unchanging(self, kind, spec):
+        """The model is walked over once, except in the first step on such a batch, which may still make layers."""
+        batch = kind, *flat(spec)
+        with names.unchanging() if batch in self._known else contextlib.nullcontext():
+            yield
+        self._known.add(batch)
+
+
+def first_batch(source):
+    """A source's first batch, which is trained on later, in its turn."""
+    feed = source.sample(1, 1)
+    tensors = flat(feed.args[0].get_next()) if feed.kind == "iterator" else batch_of(feed.kind, feed.args, 0)
+    return packed(feed.spec, tensors)
+
+
+def batches(source):
+    """The batches of a source's first epoch, one by one, as host arrays or tensors."""
+    feeder = source.feeder(0)
+    while (feed := feeder.take(1)) is not None:
+        if feed.kind == "iterator":
+            batch = feed.args[0].get_next_as_optional()
+            more = bool(batch.has_value())
+            feeder.took(int(more), 1)
+            if not more:
+                return
+            yield batch.get_value()
+        else:
+            yield packed(feed.spec, batch_of(feed.kind, feed.args, 0))
+
+
+def concatenated(parts):
+    parts = [to_numpy(p) for p in parts]
+    if isinstance(parts[0], tf.RaggedTensor | tf.SparseTensor):
+        return tf.concat(parts, 0)
+    return np.concatenate([np.atleast_1d(p) for p in parts]) if len(parts) > 1 else parts[0]
+
+
+def to_numpy(value):
+    return value.numpy() if hasattr(value, "numpy") and not isinstance(value, tf.RaggedTensor) else value
