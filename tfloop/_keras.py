@@ -8,6 +8,7 @@ import functools
 import threading
 import types
 import weakref
+from typing import NamedTuple
 
 import keras
 import tensorflow as tf
@@ -264,6 +265,23 @@ def _build_by_calling(model, batch, traced):
     if model.optimizer is not None and not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     model._post_build()
+
+
+class DatasetStage(NamedTuple):
+    """One stage of a `tf.data` pipeline."""
+
+    name: str  # "Shuffle", "Map", ...
+    inputs: list  # of datasets
+    stateful: set  # types of stateful operations in its functions
+    reshuffles: bool
+
+
+def dataset_stage(dataset):
+    """The last stage of a pipeline. TensorFlow has no public way to look at one."""
+    name = type(dataset).__name__.removeprefix("_").removesuffix("V2").removesuffix("Dataset")
+    graphs = [f.function.graph for f in dataset._functions()]
+    stateful = {op.type for graph in graphs for op in graph.get_operations() if op.op_def.is_stateful}
+    return DatasetStage(name, dataset._inputs(), stateful, getattr(dataset, "_reshuffle_each_iteration", True))
 
 
 def own_trainable_variables(layer):

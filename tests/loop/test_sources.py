@@ -132,7 +132,7 @@ def test_a_sample_takes_no_batch_away():
 @pytest.mark.parametrize("steps", [None, 3])
 def test_a_dataset_in_blocks_gives_what_it_gives_one_by_one(steps, sampled):
     x, y = numbers(22), numbers(22)
-    source = make_source(dataset(x, y, 4).repeat(2), steps=steps)
+    source = make_source(dataset(x, y, 4).repeat(2), steps=steps, goes_on=True)
     if sampled:
         source.sample(2, 4, blocks=True)
     epochs = 2 if steps is None else 4

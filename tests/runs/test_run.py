@@ -1,6 +1,7 @@
 """`tfloop.Run` in code: history, callbacks, data of every kind, what is not finite, and what it refuses."""
 
 import functools
+import itertools
 import json
 import time
 
@@ -334,6 +335,22 @@ def test_a_verification_knows_optimizers_that_the_step_builds(how):
     made = TwoOptimizers(**how)
     assert rehearsal.verify(made, X, Y, batch_size=8, epochs=3) is None
     assert all(int(o.iterations.numpy()) == 0 for o in made.optimizers.values())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stream", ["shuffled", "endless", "generator"])
+def test_a_verification_reads_a_stream_once(stream, accumulate):
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).shuffle(64).batch(8)
+    steps = None if stream == "shuffled" else 4
+    if stream == "endless":
+        data = data.repeat()
+    if stream == "generator":
+        rng = np.random.default_rng(0)
+        picks = (rng.integers(0, len(X), 8) for _ in itertools.count())
+        data = ((X[rows], Y[rows]) for rows in picks)
+    made = model()
+    made.compile("sgd", "mse", jit_compile=False, accumulate=accumulate)
+    assert rehearsal.verify(made, data, None, steps_per_epoch=steps, epochs=3) is None
 
 
 def time_now():

@@ -22,12 +22,10 @@ def accumulated(source, count):
         return ArraySource(source.data, size * count, source.shuffle, source.seed, explicit), size
     if isinstance(source, DatasetSource):
         made = PythonSource(lambda epoch: groups(source.dataset.as_numpy_iterator(), count), steps)
-        made.endless = source.endless
-        if made.endless:
-            iterator = groups(source.dataset.as_numpy_iterator(), count)
-            made = PythonSource.of_iterator(iterator, steps)
+        made.endless, made.rereadable = source.endless, source.rereadable
     else:
         made = source.grouped(lambda batches: groups(batches, count), steps)
+    made.read_before = source.read_before
     sizes = [int(leaf.shape[0]) for leaf in tf.nest.flatten(made.spec) if leaf is not None]
     return made, -(-sizes[0] // count)
 

@@ -30,6 +30,8 @@ class ArraySource:
     """
 
     addressable = True
+    rereadable = True
+    read_before = False
 
     def __init__(self, data, batch_size=32, shuffle=False, seed=0, steps=None):
         self.data = data
@@ -73,9 +75,6 @@ class ArraySource:
         """The examples in a batch."""
         at = epoch * self.steps + batch
         return Rows(self, at, at + 1).take(1)[0]
-
-    def skip_epochs(self, count):
-        """As if so many epochs had been read before, by a process that this one follows."""
 
     def feeder(self, epoch, start=0, capacity=1, blocks=False):
         picking = any(isinstance(a, COMPOSITE) for a in self.arrays)

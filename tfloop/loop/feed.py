@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import warnings
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,14 @@ def patiently(read):
             logging.warning("Reading data failed and is tried again in %.1f s: %r", pause, error)
             time.sleep(pause)
     return read()
+
+
+def warn_ran_out(steps):
+    warnings.warn(
+        "Your input ran out of data; the epoch ends early. Make sure that the dataset or generator gives at least "
+        f"steps_per_epoch * epochs batches (here steps={steps}). You may need `.repeat()`.",
+        stacklevel=2,
+    )
 
 
 def same_shapes(one, other):

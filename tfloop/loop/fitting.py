@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfloop import names
+from tfloop import names, reproducibility
 from tfloop.loop import source as sources
 from tfloop.loop import tuner
 from tfloop.loop.accumulation import accumulated
@@ -20,6 +20,7 @@ from tfloop.loop.hooks import Hooks
 from tfloop.loop.keeper import Keeper
 from tfloop.loop.observer import Observer, Position, observer_of
 from tfloop.loop.pace import Pace
+from tfloop.loop.replay import count_through, discard, was_read
 from tfloop.progress import Progress
 
 VALIDATION = {"title": "validation", "transient": True}  # how the bar of a validation within an epoch looks
@@ -116,8 +117,9 @@ class Loop:
         if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = sources.split(x, y, sample_weight, validation_split)
         source = sources.make_source(
-            x, y, sample_weight, batch_size, steps_per_epoch, shuffle, class_weight, self._steps.seed
+            x, y, sample_weight, batch_size, steps_per_epoch, shuffle, class_weight, self._steps.seed, goes_on=True
         )
+        source.read_before = was_read(x)
         validation = self._validation(validation_data, validation_batch_size or batch_size, validation_steps)
         if self._steps.choices["accumulate"] > 1:
             source, self._steps.micro_batch = accumulated(source, self._steps.choices["accumulate"])
@@ -135,6 +137,8 @@ class Loop:
         hooks.on_train_begin()
         initial_epoch = self._steps.initial_epoch(initial_epoch)
         at = self.position = observer.start(Position(initial_epoch))
+        if initial_epoch < at.epoch < epochs:
+            self._count_through(source, validation, initial_epoch, at.epoch, validation_freq)
         with contextlib.ExitStack() as stack:
             for epoch in range(at.epoch, epochs):
                 if model.stop_training:
@@ -162,6 +166,14 @@ class Loop:
         self._steps.finish()
         hooks.on_train_end(logs)
         return model.history
+
+    def _count_through(self, source, validation, first, end, validation_freq):
+        """Reads again what was read in the epochs that an earlier process made."""
+        random = reproducibility.random_state()
+        count_through(source, range(first, end))
+        if validation is not None:
+            count_through(validation, [0] * sum(is_due(epoch, validation_freq) for epoch in range(first, end)))
+        reproducibility.set_random_state(random)
 
     def _train_epoch(self, engine, source, position, pace, hooks, bar):
         for record in self._chunks(engine, "train", source, position, pace, hooks):
@@ -333,16 +345,6 @@ class Loop:
 def nested(verbose):
     """How much an evaluation inside an epoch shows: a bar while it runs, and no line of its own."""
     return verbose if verbose in (1, "auto", "bar") else 0
-
-
-def discard(feeder):
-    """Leaves the next batch out. Returns whether there was one."""
-    feed = feeder.take(1)
-    if feed is None or feed.kind != "iterator":
-        return feed is not None
-    there = bool(feed.args[0].get_next_as_optional().has_value())
-    feeder.took(int(there), 1)
-    return there
 
 
 def check_epochs(epochs, initial_epoch):

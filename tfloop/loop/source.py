@@ -2,7 +2,8 @@
 
 A source has `steps` an epoch (`None` where only reading tells), the `spec` of its batches, and a `feeder` for
 every epoch, which hands out `Feed`s. A source that is `addressable` gives the batches of any (epoch, step)
-without reading those before. `sample` gives batches for a trial and takes none away.
+without reading those before; one that is not is brought there by `replay.py`. What is not `rereadable` gives other
+batches if it is read again in the same process. `sample` gives batches for a trial and takes none away.
 
 This module makes a source of whatever a user gives as data.
 """
@@ -16,12 +17,25 @@ import numpy as np
 import tensorflow as tf
 
 from tfloop.loop.arrays import ArraySource, picked
-from tfloop.loop.feed import patiently
+from tfloop.loop.feed import patiently, warn_ran_out
 from tfloop.loop.streams import DatasetSource, PythonSource
 
 
-def make_source(x, y=None, sample_weight=None, batch_size=None, steps=None, shuffle=False, class_weight=None, seed=0):
+def make_source(
+    x,
+    y=None,
+    sample_weight=None,
+    batch_size=None,
+    steps=None,
+    shuffle=False,
+    class_weight=None,
+    seed=0,
+    goes_on=False,
+):
     """The source for what a user gives to `fit`, `evaluate` or `predict`.
+
+    With `goes_on`, as in training, epochs of `steps` batches begin in the data where the last ended. Else each begins
+    anew, except for an iterator, and ends with the data.
 
     Raises `ValueError` for arguments that do not go together and for data of a kind that is not known.
     """
@@ -38,13 +52,20 @@ def make_source(x, y=None, sample_weight=None, batch_size=None, steps=None, shuf
                     "weights, as `(x, y)` or `(x, y, sample_weight)`."
                 )
     if isinstance(x, tf.data.Dataset):
-        return DatasetSource(x if transform is None else x.map(lambda *b: transform(b if len(b) > 1 else b[0])), steps)
+        dataset = x if transform is None else x.map(lambda *b: transform(b if len(b) > 1 else b[0]))
+        return DatasetSource(dataset, steps, goes_on)
     if isinstance(x, keras.utils.PyDataset):
-        return PythonSource(pydataset(x, shuffle, seed), steps or x.num_batches, standard(transform))
+        skip = functools.partial(skip_pydataset, x)
+        source = PythonSource(pydataset(x, shuffle, seed), steps or x.num_batches, standard(transform), skip=skip)
+        source.endless = goes_on and steps is not None
+        return source
     if hasattr(x, "__next__"):
         return PythonSource.of_iterator(x, steps, standard(transform))
     if is_iterable_of_batches(x):
-        return PythonSource(lambda epoch: x, steps or (len(x) if hasattr(x, "__len__") else None), standard(transform))
+        length = len(x) if hasattr(x, "__len__") else None
+        source = PythonSource(lambda epoch: x, steps or length, standard(transform))
+        source.endless = goes_on and steps is not None
+        return source
     x, y, sample_weight = (
         None if part is None else standard_arrays(part, n)
         for part, n in ((x, "x"), (y, "y"), (sample_weight, "sample_weight"))
@@ -53,7 +74,11 @@ def make_source(x, y=None, sample_weight=None, batch_size=None, steps=None, shuf
     common_length(data)
     if transform is not None:
         data = transform(data)
-    return ArraySource(data, batch_size or 32, shuffle, seed, steps)
+    of_arrays = ArraySource(data, batch_size or 32, shuffle, seed, steps)
+    if steps is not None and steps > of_arrays.batches and not goes_on:
+        warn_ran_out(steps)
+        of_arrays.steps = of_arrays.batches
+    return of_arrays
 
 
 def standard(transform):
@@ -80,6 +105,12 @@ def pydataset(dataset, shuffle, seed):
         dataset.on_epoch_end()
 
     return batches
+
+
+def skip_pydataset(dataset, epoch):
+    """Tells a PyDataset that an epoch began and ended."""
+    dataset.on_epoch_begin()
+    dataset.on_epoch_end()
 
 
 def is_iterable_of_batches(x):

@@ -4,25 +4,30 @@ Neither is addressable: to come to a step, those before it are read. An error of
 place, when the batches before it have been trained on.
 """
 
+import functools
 import itertools
 import queue
 import threading
-import warnings
 import weakref
 
 import numpy as np
 import tensorflow as tf
 
+from tfloop.loop import replay
 from tfloop.loop.arrays import block_capacity
-from tfloop.loop.feed import Feed, flat, packed, same_shapes, spec_of, stacked
+from tfloop.loop.feed import Feed, flat, packed, same_shapes, spec_of, stacked, warn_ran_out
 
 
 class DatasetSource:
-    """A `tf.data.Dataset` of batches: iterated inside the program, or stacked into blocks for a compiled chunk."""
+    """A `tf.data.Dataset` of batches: iterated inside the program, or stacked into blocks for a compiled chunk.
+
+    With `goes_on`, epochs of `steps` batches begin where the last ended, else at the beginning of the dataset.
+    """
 
     addressable = False
+    read_before = False  # by another fit of this process
 
-    def __init__(self, dataset, steps=None):
+    def __init__(self, dataset, steps=None, goes_on=True):
         self.dataset = dataset
         cardinality = int(dataset.cardinality())
         if cardinality == 0:
@@ -32,7 +37,7 @@ class DatasetSource:
         self.length = cardinality if cardinality > 0 else None
         self.steps = steps or self.length
         self.spec = dataset.element_spec
-        self._endless = self.endless = steps is not None
+        self._endless = self.endless = steps is not None and goes_on
         self._iterator = None
         self._first = []  # a batch that a trial has read from the iterator
         self._blocks = None
@@ -48,7 +53,8 @@ class DatasetSource:
     def _python(self):
         if self._blocks is None:
             iterator, first = self._iterator, self._first
-            opened = iter([itertools.chain(first, iterator)] if first else [])
+            goes_on = first or (self._endless and iterator is not None)
+            opened = iter([itertools.chain(first, iterator)] if goes_on else [])
             self._blocks = PythonSource(lambda epoch: next(opened, self.dataset), self.steps, spec=self.spec)
             self._blocks.endless = self._endless
         return self._blocks
@@ -62,20 +68,24 @@ class DatasetSource:
             return block_of(self._first * count, min(capacity, block_capacity(spec_of(self._first[0]))), self.spec)
         return repeated(self._first[0], count, self.spec, capacity)
 
-    def skip_epochs(self, count):
-        """As if so many epochs had been read before, by a process that this one follows."""
-        if not count:
-            return
-        sampled = self._iterator is not None  # and that is the first epoch's
-        if not self._endless:
-            for _ in range(count - sampled):
-                next(iter(self.dataset), None)  # what shuffles anew draws its seeds here
-            self._iterator, self._first = None, []
-        else:
-            self._iterator = self._iterator or iter(self.dataset)
-            for _ in range(count * self.steps - len(self._first)):
-                next(self._iterator)
-            self._first = [next(self._iterator)]
+    @functools.cached_property
+    def nature(self):
+        """What `replay.nature` says of the dataset."""
+        return replay.nature(self.dataset)
+
+    @property
+    def rereadable(self):
+        """Whether the same object gives the same batches again, as far as one can tell."""
+        return self.nature != replay.RESHUFFLES
+
+    def skip_epoch(self, epoch):
+        """Comes to the end of an epoch without reading it, where that is the same. Returns whether it is."""
+        if self._endless or self.nature == replay.UNKNOWN:
+            return False
+        if self._iterator is None and self.nature == replay.RESHUFFLES:
+            next(iter(self.dataset), None)  # draws its seeds here
+        self._iterator, self._first = None, []  # what a trial read was of this epoch
+        return True
 
     def restart(self):
         self._iterator = None
@@ -109,7 +119,7 @@ class _DatasetFeeder:
         if count < asked:
             self.ended = True
             if self._left:
-                warn_ran_out(self._source)
+                warn_ran_out(self._source.steps)
                 self._source.restart()
 
     def close(self):
@@ -145,14 +155,22 @@ class PythonSource:
     """
 
     addressable = False
+    rereadable = True  # as far as one can tell
+    read_before = False  # by another fit of this process
     ahead = 16  # batches
 
-    def __init__(self, batches, steps=None, transform=None, spec=None):
-        """`batches(epoch)` gives the iterable of an epoch, or the same endless iterator every time."""
+    def __init__(self, batches, steps=None, transform=None, spec=None, skip=None):
+        """`batches(epoch)` gives the iterable of an epoch, or the same endless iterator every time.
+
+        Where epochs go on where the last ended (`endless`), it is called again when it ends, with the number of times.
+        `skip(epoch)` does what reading an epoch's batches would, beside giving them, if there is such a thing.
+        """
         self._batches = batches
         self._transform = transform or (lambda batch: batch)
         self.steps = steps
+        self._skip = skip
         self.endless = False
+        self._passes = 0
         self._stream = None
         self._peeked = []
         self._spec = self.given_spec = spec
@@ -161,14 +179,13 @@ class PythonSource:
     def of_iterator(cls, iterator, steps, transform=None):
         source = cls(lambda epoch: iterator, steps, transform)
         source.endless = True
+        source.rereadable = False
         return source
 
     def grouped(self, group, steps):
         """The source of what `group` makes of the batches of each epoch."""
-        made = PythonSource(lambda epoch: group(map(self._transform, self._batches(epoch))), steps)
-        if self.endless:
-            iterator = group(map(self._transform, self._batches(0)))
-            made = PythonSource.of_iterator(iterator, steps)
+        made = PythonSource(lambda epoch: group(map(self._transform, self._batches(epoch))), steps, skip=self._skip)
+        made.endless, made.rereadable = self.endless, self.rereadable
         return made
 
     @property
@@ -188,7 +205,8 @@ class PythonSource:
 
     def _open(self, epoch):
         if self._stream is None:
-            iterator = iter(self._batches(epoch))
+            iterator = iter(self._batches(self._passes if self.endless else epoch))
+            self._passes += 1
             self._stream = ReadAhead(map(self._transform, iterator), self.ahead)
 
     def sample(self, count, capacity, blocks=True):
@@ -201,15 +219,12 @@ class PythonSource:
         self._peeked = []
         return _PythonFeeder(self, stream, start, capacity)
 
-    def skip_epochs(self, count):
-        """As if so many epochs had been read before, by a process that this one follows."""
-        if not self.endless:
-            self._peeked = []
-            self.close(ended=True)
-            return
-        self._open(0)
-        for _ in range(count * self.steps):
-            next(self._stream) if not self._peeked else self._peeked.pop()
+    def skip_epoch(self, epoch):
+        """Comes to the end of an epoch without reading it, where that is the same. Returns whether it is."""
+        if self._skip is None or self.endless or self._stream is not None:
+            return False
+        self._skip(epoch)
+        return True
 
     def hold(self, batch):
         self._peeked = [batch]
@@ -247,7 +262,7 @@ class _PythonFeeder:
                 raise self._error
             self._source.close(ended=True)
             if self._left:
-                warn_ran_out(self._source)
+                warn_ran_out(self._source.steps)
             return None
         if self._left is not None:
             self._left -= len(batches)
@@ -294,14 +309,6 @@ class _PythonFeeder:
 
 def is_dense(batch):
     return all(isinstance(leaf, np.ndarray | tf.Tensor) for leaf in flat(batch))
-
-
-def warn_ran_out(source):
-    warnings.warn(
-        "Your input ran out of data; the epoch ends early. Make sure that the dataset or generator gives at least "
-        f"steps_per_epoch * epochs batches (here steps={source.steps}). You may need `.repeat()`.",
-        stacklevel=2,
-    )
 
 
 END = object()

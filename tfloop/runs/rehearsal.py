@@ -3,6 +3,8 @@
 `dry_run` shows data, model and one step; `verify` makes the first steps twice; `one_batch` is data to overfit.
 """
 
+import itertools
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -40,7 +42,9 @@ def verify(model, x, y, steps=STEPS, **arguments):
     The model is left as it was.
     """
     arguments = _without_a_trace(arguments)
-    build(model, x, y, arguments)
+    source = build(model, x, y, arguments)
+    if not source.addressable:
+        x, y, arguments = _recorded(source, steps * model._choices["accumulate"], arguments)
     variables = {**reproducibility.state_variables(model), **reproducibility.process_variables(create=True)}
     before, random = reproducibility.snapshot(variables), reproducibility.random_state()
     found = []
@@ -54,6 +58,23 @@ def verify(model, x, y, steps=STEPS, **arguments):
         reproducibility.assign(variables, before)
         reproducibility.set_random_state(random)
     return reproducibility.first_difference(*found)
+
+
+def _recorded(source, count, arguments):
+    """`(x, y, arguments)` of a fit that reads the first `count` batches of a stream, each time the same."""
+    given = "sample_weight", "batch_size", "class_weight", "shuffle", "steps_per_epoch"
+    kept = {name: value for name, value in arguments.items() if name not in given}
+    return Recorded(itertools.islice(batchwise.batches(source), count)), None, kept
+
+
+class Recorded:
+    """Batches that were read once."""
+
+    def __init__(self, batches):
+        self._batches = list(batches)
+
+    def __iter__(self):
+        return iter(self._batches)
 
 
 def _without_a_trace(arguments):
@@ -75,6 +96,7 @@ def _source(model, x, y, arguments):
         shuffle=arguments.get("shuffle", True),
         class_weight=arguments.get("class_weight"),
         seed=reproducibility.current_seed() or 0,
+        goes_on=True,
     )
 
 
@@ -92,7 +114,7 @@ def one_batch(x, y, arguments):
     batch_size, steps = arguments.pop("batch_size", None), arguments.pop("steps_per_epoch", None)
     arguments.pop("shuffle", None)
     weight = arguments.pop("sample_weight", None)
-    source = sources.make_source(x, y, weight, batch_size, steps)
+    source = sources.make_source(x, y, weight, batch_size, steps, goes_on=True)
     batch = next(iter(batchwise.batches(source)))
     x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
     size = sources.common_length(batch)

@@ -58,6 +58,12 @@ class Session(Observer):
 
     def on_built(self, loop, source, callbacks):
         self._loop, self._source = loop, source
+        if self._run.on_nan == "rollback" and not source.rereadable:
+            raise Refused(
+                "on_nan='rollback' reads data again, and a generator, or a dataset that shuffles anew, gives others. "
+                "Give arrays or a dataset in a fixed order (shuffle(..., reshuffle_each_iteration=False)), or "
+                "on_nan='skip'."
+            )
         loop.measure_each_step()
         if self._run.on_nan != "ignore":
             loop.guard()
@@ -151,7 +157,6 @@ class Session(Observer):
         tell(f"{self._run.folder} {where}: {self._count()} steps are done.")
         if not self._source.addressable and not self.was_finished:
             tell("The data cannot be positioned and are counted through: exact if they come in the same order again.")
-            self._source.skip_epochs(position.epoch)
         return position
 
     def enter(self, position):
