@@ -420,3 +420,51 @@ def test_a_reset_of_one_s_own_is_called_for_every_single_batch():
         logs = model.train_on_batch(X, Y, return_dict=True)
         assert logs["counts"] == 1.0
     assert metric.seen - before == 3
+
+
+def test_a_generator_that_is_used_up_ends_the_training():
+    ended = []
+    log = keras.callbacks.LambdaCallback(on_train_end=lambda logs: ended.append(logs))
+    with pytest.warns(UserWarning, match="ran out"):
+        history = regression().fit(batches(), epochs=3, verbose=0, callbacks=[log])
+    assert len(history.history["loss"]) == 1 and ended[0]["loss"] == history.history["loss"][0]
+    with pytest.warns(UserWarning, match="ran out"):
+        history = regression().fit(X, Y, validation_data=batches(), epochs=3, verbose=0)
+    assert len(history.history["loss"]) == 3 and len(history.history["val_loss"]) == 1
+    with pytest.raises(ValueError, match="empty"):
+        regression().fit(iter([]), verbose=0)
+
+
+class Numbered(keras.utils.PyDataset):
+    def __init__(self, length):
+        super().__init__()
+        self.length = length
+
+    @property
+    def num_batches(self):
+        return self.length
+
+    def __getitem__(self, i):
+        return np.full((2, 3), i, "float32"), np.zeros((2, 2), "float32")
+
+
+def numbered(length):
+    return tf.data.Dataset.range(length or 100).map(
+        lambda i: (tf.fill((2, 3), tf.cast(i, "float32")), tf.zeros((2, 2)))
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out")
+@pytest.mark.parametrize("make", [Numbered, numbered, lambda n: numbered(n).filter(lambda *batch: True)])
+@pytest.mark.parametrize("length", [4, 5, None])
+def test_data_go_on_in_the_next_epoch(length, make):
+    """With `steps_per_epoch`, as in Keras where the length is known."""
+    losses = []
+    for kind in (keras.Model, tfloop.Model):
+        data = numbered if kind is keras.Model and make is not Numbered else make
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((3,))
+        model = kind(inputs, layers.Dense(2)(inputs))
+        model.compile(keras.optimizers.SGD(0.0), "mse")
+        losses.append(model.fit(data(length), epochs=4, steps_per_epoch=2, shuffle=False, verbose=0).history["loss"])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)

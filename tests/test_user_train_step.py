@@ -714,3 +714,120 @@ def test_networks_shared_by_two_models_train_as_compiled_in_fit():
 
 def changed(model, before):
     return any(np.any(one != other) for one, other in zip(model.get_weights(), before, strict=True))
+
+
+def triplets(base):
+    class Siamese(base):
+        """Called with three inputs, as in Keras' example of a siamese network."""
+
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(2, kernel_initializer="ones")
+
+        def call(self, inputs):
+            anchor, positive, negative = (self.dense(x) for x in inputs)
+            return ops.sum((anchor - positive) ** 2, -1) - ops.sum((anchor - negative) ** 2, -1)
+
+        def distance(self, data):
+            return ops.mean(ops.maximum(self(data) + 0.5, 0.0))
+
+        def train_step(self, data):
+            with tf.GradientTape() as tape:
+                loss = self.distance(data)
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+            return {"error": loss}
+
+        def test_step(self, data):
+            return {"error": self.distance(data)}
+
+    return Siamese(), (X, X + 0.1, X[::-1].copy())
+
+
+def pairs(base):
+    class Pairs(base):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(1, kernel_initializer="ones")
+
+        def call(self, inputs):
+            a, b = inputs
+            return self.dense(a) - self.dense(2 * b)
+
+        def train_step(self, data):
+            (a, b), y, weight, _ = data["a"], data["y"], data["w"], data["rest"]
+            with tf.GradientTape() as tape:
+                loss = ops.mean(weight * (self((a, b), training=True) - y) ** 2)
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply(gradients, self.trainable_variables)
+            return {"error": loss}
+
+        def test_step(self, data):
+            return {"error": ops.mean((self(data["a"]) - data["y"]) ** 2)}
+
+    return Pairs(), {"a": (X, X[:, ::-1].copy()), "y": Y[:, :1], "w": np.ones((len(X), 1), "float32"), "rest": X}
+
+
+def quadruples(base):
+    class Quadruples(base):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(1, kernel_initializer="ones")
+
+        def call(self, x):
+            return self.dense(x)
+
+        def train_step(self, data):
+            a, b, c, d = data
+            return super().train_step((ops.concatenate([a, b], -1), c + 0 * d))
+
+        def test_step(self, data):
+            a, b, c, d = data
+            return super().test_step((ops.concatenate([a, b], -1), c + 0 * d))
+
+    return Quadruples(), (X, X, Y[:, :1], Y[:, :1])
+
+
+def reshaping(base):
+    class Reshaping(base):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(1, kernel_initializer="ones")
+
+        def call(self, x):
+            return self.dense(x)
+
+        def train_step(self, data):
+            x, y = data[:2]  # train_on_batch gives sample weights too, if only None
+            return super().train_step((ops.repeat(x, 2, -1), y))
+
+        def test_step(self, data):
+            x, y = data[:2]  # train_on_batch gives sample weights too, if only None
+            return super().test_step((ops.repeat(x, 2, -1), y))
+
+    return Reshaping(), (X, Y[:, :1])
+
+
+@some_modes
+@pytest.mark.parametrize("first", ["fit", "evaluate", "train_on_batch"])
+@pytest.mark.parametrize("make", [triplets, pairs, quadruples, reshaping])
+def test_only_a_step_of_one_s_own_knows_what_it_calls_the_model_with(make, first, mode):
+    """A model that is not built is built by that step, as in Keras; and what that step did is taken back."""
+    if first == "train_on_batch" and make in (quadruples, pairs):
+        pytest.skip("train_on_batch takes x, y and sample weights")
+    found = []
+    for base in (keras.Model, tfloop.Model):
+        model, data = make(base)
+        model.compile(keras.optimizers.Adam(0.01), "mse", **(mode if base is tfloop.Model else {}))
+        dataset = tf.data.Dataset.from_tensor_slices(data).batch(len(X))
+        logs = []
+        if first == "evaluate":
+            logs.append(model.evaluate(dataset, verbose=0))
+        if first == "train_on_batch":
+            batch = next(iter(dataset))
+            logs.append(model.train_on_batch(*(batch if isinstance(batch, tuple) else (batch,))))
+        (values,) = model.fit(dataset, epochs=3, verbose=0).history.values()
+        logs += [values, model.evaluate(dataset, verbose=0)]
+        logs.append(model.optimizer.iterations.numpy())
+        found.append(np.concatenate([np.ravel(v) for v in (*logs, *model.get_weights())]))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4)

@@ -329,6 +329,11 @@ class Model(Adding, keras.Model):
                 found.update(result if isinstance(result, dict) else {metric.name: result})
         return found
 
+    def _has_own_step(self, kind):
+        """Whether `train_step`, or its like for another kind, is the user's."""
+        name = f"{kind}_step"
+        return inspect.getattr_static(type(self), name) is not inspect.getattr_static(Model, name)
+
     def run_step(self, kind, data, compiled=False):
         """Runs `train_step`, `test_step` or `predict_step` on a batch, as the loop does. `compiled`: by XLA.
 

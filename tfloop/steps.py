@@ -15,6 +15,7 @@ class ModelSteps:
     def __init__(self, model):
         self.model = model
         self._ran = set()
+        self._built_by = set()  # kinds of steps of the user's own
 
     def run(self, kind, batch, compiled=False):
         """One step, run or traced, `compiled` by XLA or not. A first eager step that fails changes no variable."""
@@ -32,28 +33,53 @@ class ModelSteps:
         self._ran.add((kind, self.version))
         return result
 
-    def build(self, batch):
+    def steps_first(self, kind):
+        """Whether a step has to be made, and taken back, or traced, to build the model.
+
+        Only a user's own step knows what it calls the layers with.
+        """
+        return self.model._has_own_step(kind) and not _keras.is_built(self.model) and kind not in self._built_by
+
+    @contextlib.contextmanager
+    def stepping_first(self, kind):
+        """While such a step is made or traced."""
+        averages, self.model.__dict__["_averages"] = self.model._averages, []  # they need variables
+        changes = contextlib.ExitStack()
+        if self.eager:
+            changes.enter_context(self._taken_back())
+            changes.enter_context(_keras.observing_applies(lambda *_: None, self._only_build))
+        try:
+            with changes, self.model.distribute_strategy.scope():
+                yield
+        finally:
+            self.model.__dict__["_averages"] = averages
+        self._built_by.add(kind)
+
+    def build(self, batch, kind="train"):
         """Makes all variables, so that a step can be traced inside a loop. From specs, or a batch, if `needs_batch`."""
         model = self.model
         replicas.check(model)
         with model.distribute_strategy.scope():
-            self._build(model, batch)
+            self._build(model, batch, kind)
         replicas.check_variables(model)
         self._count_updates()
 
-    def _build(self, model, batch):
-        with running(Step("build")), model._trainable_as_compiled(), self._taken_back(self.needs_batch):
-            if type(model).call is not keras.Model.call:
+    def _build(self, model, batch, kind):
+        with running(Step("build")), model._trainable_as_compiled(), self._taken_back(self.needs_batch(kind)):
+            if self._is_called(kind):
                 _keras.build(model, batch)
             elif model.optimizer is not None and not model.optimizer.built and model.trainable_variables:
                 model.optimizer.build(model.trainable_variables)
         for average in model._averages:
             average.build(model)
 
-    @property
-    def needs_batch(self):
+    def needs_batch(self, kind):
         """Whether variables are made by calling the model: what is run eagerly need not be traceable."""
-        return self.eager and type(self.model).call is not keras.Model.call and not _keras.is_built(self.model)
+        return self.eager and self._is_called(kind) and not _keras.is_built(self.model)
+
+    def _is_called(self, kind):
+        """Whether the model is called with a batch's `x`. What a step of the user's own does, only that step knows."""
+        return type(self.model).call is not keras.Model.call and not self.model._has_own_step(kind)
 
     @contextlib.contextmanager
     def _taken_back(self, really=True):
@@ -80,21 +106,23 @@ class ModelSteps:
     def build_optimizers(self, batch):
         """Builds the optimizers that a user's `train_step` builds when it first runs: runs it once, without updates."""
 
-        def build(optimizer, gradients, variables):
-            if not optimizer.built:
-                optimizer.build(variables)
-
-        with self._taken_back(), _keras.observing_applies(lambda *_: None, build):  # no gradients: there is no update
+        with self._taken_back(), _keras.observing_applies(lambda *_: None, self._only_build):
             self.run("train", batch)
+
+    @staticmethod
+    def _only_build(optimizer, gradients, variables):
+        """In the place of an update: builds the optimizer, and leaves no gradients to apply."""
+        if not optimizer.built:
+            optimizer.build(variables)
 
     def build_for_prediction(self, batch):
         """Builds the layers alone: a batch to predict has no targets to build losses and metrics with."""
         model = self.model
-        if type(model).call is keras.Model.call or model.built:
+        if model.built or not self._is_called("predict"):
             return
         x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
-        with model.distribute_strategy.scope(), running(Step("build")), self._taken_back(self.needs_batch):
-            call = model if self.needs_batch else tf.function(model, autograph=False).get_concrete_function
+        with model.distribute_strategy.scope(), running(Step("build")), self._taken_back(self.eager):
+            call = model if self.eager else tf.function(model, autograph=False).get_concrete_function
             call(x)
 
     @property
@@ -105,7 +133,7 @@ class ModelSteps:
     def version(self):
         """Changes with whatever makes a step another one: terms, parametrisations, averages."""
         models = [(id(m), m._terms.version) for _, m in names.walk(self.model) if hasattr(m, "_terms")]
-        return (*models, *map(id, self.model._averages), self.guarded)
+        return (*models, *map(id, self.model._averages), self.guarded, self.model._measures_each_step)
 
     @property
     def differs_when_compiled(self):

@@ -32,7 +32,7 @@ class Batchwise:
             batch = sources.weighing(class_weight)(batch)
         sources.common_length(batch)
         spec = spec_of(batch)
-        self._steps.build(batch if self._steps.needs_batch else spec)
+        self._runner.build(kind, spec, lambda: batch)
         with self._unchanging(kind, spec):
             if kind == "train":
                 self._steps.start()
@@ -45,13 +45,13 @@ class Batchwise:
     def predict_on_batch(self, x):
         batch = tf.nest.map_structure(sources.as_array, keras.utils.pack_x_y_sample_weight(x))
         spec = spec_of(batch)
-        self._steps.build_for_prediction(batch if self._steps.needs_batch else spec)
+        self._steps.build_for_prediction(batch if self._steps.needs_batch("predict") else spec)
         with self._unchanging("predict", spec):
             return tf.nest.map_structure(to_numpy, self._runner.predict(spec, flat(batch), self._steps.eager))
 
     def predict(self, x, *, batch_size, verbose, steps, callbacks):
         source = sources.make_source(x, None, None, batch_size, steps)
-        self._steps.build_for_prediction(first_batch(source) if self._steps.needs_batch else source.spec)
+        self._steps.build_for_prediction(first_batch(source) if self._steps.needs_batch("predict") else source.spec)
         model = self._steps.model
         hooks = Hooks(callbacks, model, epochs=1, steps=source.steps, verbose=verbose)
         bar = Progress(source.steps, verbose=verbose)

@@ -261,6 +261,15 @@ class Runner:
             self._programs[key] = Program(self._steps, kind, spec)
         return self._programs[key]
 
+    def build(self, kind, spec, first):
+        """Makes all variables that steps need. `first()` gives a batch, for what cannot be built from its specs."""
+        steps = self._steps
+        if steps.steps_first(kind):
+            with steps.stepping_first(kind):
+                program = self.program(kind, spec)
+                program.run_eagerly(as_tensors(flat(first()))) if steps.eager else program.step
+        steps.build(first() if steps.needs_batch(kind) else spec, kind)
+
     def takes_blocks(self, engine, kind):
         """Whether streams come in blocks of batches, and are not read as an iterator within the program."""
         if engine == "graph" and kind == "train" and self._steps.guarded:

@@ -16,6 +16,7 @@ from tfloop.loop import tuner
 from tfloop.loop.accumulation import accumulated
 from tfloop.loop.batchwise import Batchwise, first_batch
 from tfloop.loop.engine import COMPILED, Runner
+from tfloop.loop.feed import warn_ran_out
 from tfloop.loop.hooks import Hooks
 from tfloop.loop.keeper import Keeper
 from tfloop.loop.observer import Observer, Position, observer_of
@@ -61,9 +62,9 @@ class Loop:
         """The processes that train together: see `Team`."""
         return self._steps.team
 
-    def build(self, source):
-        """Makes all variables that do not need a step to run."""
-        self._steps.build(first_batch(source) if self._steps.needs_batch else source.spec)
+    def build(self, source, kind="train"):
+        """Makes all variables that steps need."""
+        self._runner.build(kind, source.spec, lambda: first_batch(source))
 
     def trace(self, source):
         """Traces the training step, where it is not run eagerly: that makes what it makes when it first runs."""
@@ -139,6 +140,7 @@ class Loop:
         at = self.position = observer.start(Position(initial_epoch))
         if initial_epoch < at.epoch < epochs:
             self._count_through(source, validation, initial_epoch, at.epoch, validation_freq)
+        validated = at.epoch > initial_epoch
         with contextlib.ExitStack() as stack:
             for epoch in range(at.epoch, epochs):
                 if model.stop_training:
@@ -151,11 +153,16 @@ class Loop:
                 observer.enter(at)
                 with Progress(source.steps, True, at.batch, epoch=epoch, epochs=epochs, verbose=verbose) as bar:
                     bar.update(at.batch, at.aggregate.values(), finalize=False)
-                    logs = self._train_epoch(engine, source, at, pace, hooks, bar)
+                    values = self._train_epoch(engine, source, at, pace, hooks, bar)
+                    if not at.batch:
+                        says_empty(source, first=epoch == initial_epoch)
+                        break
+                    logs = values
                     if validation is not None and is_due(epoch, validation_freq):
                         observer.before_validation()
                         with self._steps.for_validation():
-                            found = self._test(validation, hooks, nested(verbose), observer, **VALIDATION)
+                            found = self._test(validation, hooks, nested(verbose), observer, validated, **VALIDATION)
+                        validated = True
                         observer.after_validation()
                         logs = {**logs, **{f"val_{name}": value for name, value in found.items()}}
                     hooks.on_epoch_end(epoch, logs)
@@ -180,8 +187,6 @@ class Loop:
             bar.update(position.batch, position.aggregate.values(), finalize=False, examples=record.examples)
             if self._steps.model.stop_training:
                 break
-        if not position.batch:
-            raise ValueError("The data are empty: the epoch has no batch. Expected at least one.")
         return position.aggregate.values()
 
     def _chunks(self, engine, kind, source, position, pace, hooks):
@@ -316,11 +321,11 @@ class Loop:
 
     def evaluate(self, x, y, *, batch_size, verbose, sample_weight, steps, callbacks):
         source = sources.make_source(x, y, sample_weight, batch_size, steps)
-        self.build(source)
+        self.build(source, "test")
         hooks = Hooks(callbacks, self._steps.model, epochs=1, steps=source.steps, verbose=verbose)
         return self._test(source, hooks, verbose, Observer())
 
-    def _test(self, source, hooks, verbose, observer, **display):
+    def _test(self, source, hooks, verbose, observer, again=False, **display):
         model = self._steps.model
         engine = self._evaluation_engine()
         self._steps.reset_metrics()
@@ -335,7 +340,7 @@ class Loop:
                 if model.stop_evaluating:
                     break
             if not position.batch:
-                raise ValueError("The data are empty: there is no batch to evaluate. Expected at least one.")
+                says_empty(source, first=not again)
             logs = position.aggregate.values()
             hooks.on_test_end(logs)
             bar.finish(logs)
@@ -345,6 +350,13 @@ class Loop:
 def nested(verbose):
     """How much an evaluation inside an epoch shows: a bar while it runs, and no line of its own."""
     return verbose if verbose in (1, "auto", "bar") else 0
+
+
+def says_empty(source, first):
+    """Data without a batch are an error. If they had some before, a generator is used up, and Keras warns of that."""
+    if first:
+        raise ValueError("The data are empty: there is no batch. Expected at least one.")
+    warn_ran_out(source.steps)
 
 
 def check_epochs(epochs, initial_epoch):

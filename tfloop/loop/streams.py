@@ -47,6 +47,12 @@ class DatasetSource:
             return self._python().feeder(epoch, start, capacity)
         if self._iterator is None or not (self._endless or self._first):
             self._iterator = iter(self.dataset)
+        elif not self._first and self.dataset.cardinality() != tf.data.INFINITE_CARDINALITY:
+            ahead = self._iterator.get_next_as_optional()
+            if ahead.has_value():
+                self._first = [ahead.get_value()]
+            else:  # the data ended where the last epoch did
+                self._iterator = iter(self.dataset)
         first, self._first = self._first, []
         return _DatasetFeeder(self, self._iterator, first, start, capacity)
 
@@ -215,6 +221,13 @@ class PythonSource:
 
     def feeder(self, epoch, start=0, capacity=1, blocks=False):
         self._open(epoch)
+        if self.endless and not self._peeked:
+            ahead = next(self._stream, None)
+            if ahead is None:  # the data ended where the last epoch did
+                self.close(ended=True)
+                self._open(epoch)
+            else:
+                self._peeked = [ahead]
         stream = itertools.chain(self._peeked, self._stream)
         self._peeked = []
         return _PythonFeeder(self, stream, start, capacity)
