@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from copy import deepcopy
 
 import keras
 import numpy as np
@@ -98,8 +99,34 @@ def test_no_match():
         weights.parametrize(model, "*/kernl", "unit_norm")
     unbuilt = Net()
     weights.parametrize(unbuilt, "*/kernl", "unit_norm")
-    with pytest.raises(ValueError, match=r"'\*/kernl'"):
-        unbuilt(data(2, 4))
+    for _ in range(2):  # nor does a second call pass it over
+        with pytest.raises(ValueError, match=r"'\*/kernl'"):
+            unbuilt(data(2, 4))
+
+
+def test_what_waits_is_applied_whatever_makes_the_weights():
+    class Untraceable(keras.Model):
+        """Keras cannot build it by a symbolic call."""
+
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(2)
+
+        def call(self, x):
+            return self.dense(x) if np.asarray(x).any() else x
+
+    class BuiltByHand(Untraceable):
+        def __init__(self):
+            super().__init__()
+            weights.parametrize(self, "*/kernel", weights.Function(zero))
+            self.dense.build((None, 4))
+            self.built = True
+
+    called, by_hand, asked = Untraceable(), BuiltByHand(), BuiltByHand()
+    weights.parametrize(called, "*/kernel", weights.Function(zero))
+    for model in (called, by_hand):
+        assert not model(data(2, 4)).numpy().any()
+    assert list(weights.effective_weights(asked)) == ["dense/kernel"]
 
 
 def test_a_name_that_does_not_exist_is_refused_at_once():
@@ -182,6 +209,34 @@ def test_a_keras_file(tmp_path):
     model.fit(data(16, 4), data(16, 2), verbose=0, shuffle=False)
     again.fit(data(16, 4), data(16, 2), verbose=0, shuffle=False)
     equal(model, again)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Normed(keras.Model):
+    """Parametrises itself before it is built."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(2)
+        weights.parametrize(self, "*/kernel", [weights.SpectralNorm(norm=0.1), weights.WeightNorm()])
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def nesting():
+    x = keras.Input((4,))
+    return keras.Model(x, Normed()(x))
+
+
+@pytest.mark.parametrize("make", [Normed, nesting])
+@pytest.mark.parametrize("again", ["load", "copy"])
+def test_a_model_that_parametrises_itself_comes_back_as_it_was(make, again, tmp_path):
+    model = make()
+    trained(model).save(tmp_path / "model.keras")
+    loaded = deepcopy(model) if again == "copy" else keras.saving.load_model(tmp_path / "model.keras")
+    assert len(weights.effective_weights(loaded)) == 1
+    equal(model, loaded)
 
 
 def test_a_weights_file(tmp_path):

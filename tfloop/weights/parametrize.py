@@ -30,12 +30,30 @@ def parametrize(model, pattern, parametrization):
     Raises `ValueError` when nothing matches (on a model that is not built: when it is), with the weights
     there are, and what the parametrisation raises.
     """
-    parametrizations = get_list(parametrization)
-    note(model, pattern, parametrizations)
-    if model.built:
-        return apply(model, pattern, parametrizations)
-    apply_at_build(model, pattern, parametrizations)
-    return []
+    given, entry = given_to(model), (pattern, tuple(get_list(parametrization)))
+    if not model.built:
+        if not given.waiting:
+            apply_once_built(model)
+        given.waiting.append(entry)
+        return []
+    apply_waiting(model)
+    found = apply(model, *entry)
+    given.applied.append(entry)
+    return found
+
+
+class Given:
+    """What a model was parametrised with, in order, as `(pattern, parametrisations)`; `waiting` until it has weights.
+
+    No list in the model itself: what lies in its attributes are its layers.
+    """
+
+    def __init__(self):
+        self.applied, self.waiting = [], []
+
+
+def given_to(model):
+    return vars(model).setdefault("_tfloop_parametrizations", Given())
 
 
 def apply(model, pattern, parametrizations):
@@ -66,33 +84,43 @@ def enter_above(model, variables):
             enter_at(layer)
 
 
-def apply_at_build(model, pattern, parametrizations):
-    """Applies when the model is built, once."""
-    original = model.build
+def apply_waiting(model):
+    """Applies what waited for the model's weights. What fails goes on waiting, so that no call passes it over."""
+    given = given_to(model)
+    with outside_graph():
+        while given.waiting:
+            apply(model, *given.waiting[0])
+            given.applied.append(given.waiting.pop(0))
+
+
+def apply_once_built(model):
+    """Lets `apply_waiting` follow all that makes weights. `build` does, and Keras' own `build_from_config`, which does
+    not call it; and where neither is called, because no symbolic call is possible, the first call."""
+    given, original = given_to(model), model.call
+
+    def followed(make):
+        @functools.wraps(make)
+        def made(*args, **kwargs):
+            with outside_graph():
+                make(*args, **kwargs)
+            apply_waiting(model)
+
+        return made
 
     @functools.wraps(original)
-    def build(*args, **kwargs):
-        with outside_graph():
-            original(*args, **kwargs)
-            if vars(model).get("build") is build:
-                vars(model)["build"] = original
-            if waiting:
-                waiting.clear()
-                apply(model, pattern, parametrizations)
+    def call(*args, **kwargs):
+        if given.waiting and not _keras.in_stateless_scope():
+            if not model.built:
+                original(*args, **kwargs)  # makes the weights
+            apply_waiting(model)
+        return original(*args, **kwargs)
 
-    waiting = [pattern]
-    vars(model)["build"] = build
+    vars(model).update(build=followed(model.build), build_from_config=followed(model.build_from_config), call=call)
 
 
 def outside_graph():
     """Where variables can be made and read: outside the `tf.function` being traced, if one is."""
     return contextlib.nullcontext() if _keras.in_stateless_scope() else tf.init_scope()
-
-
-def note(model, pattern, parametrizations):
-    """Keeps in the model what it was parametrised with, for `parametrization_config`."""
-    noted = vars(model).setdefault("_tfloop_parametrizations", ())
-    vars(model)["_tfloop_parametrizations"] = (*noted, (pattern, tuple(parametrizations)))
 
 
 def parametrization_config(model):
@@ -105,7 +133,7 @@ def parametrization_config(model):
             "pattern": pattern,
             "parametrization": [keras.saving.serialize_keras_object(p) for p in parametrizations],
         }
-        for pattern, parametrizations in vars(model).get("_tfloop_parametrizations", ())
+        for pattern, parametrizations in (*given_to(model).applied, *given_to(model).waiting)
     ]
 
 
@@ -121,7 +149,15 @@ def effective_weights(model):
 
     In the dtype of the variable; no state is moved.
     """
-    return {path: effective_value(variable) for path, variable in parametrized_weights(model).items()}
+    return {path: effective_value(variable) for path, variable in parametrized(model).items()}
+
+
+def parametrized(model):
+    """`path -> variable` for the parametrised weights below a model, of which some may have waited until now."""
+    for _, layer in list(names.walk(model)):
+        if "_tfloop_parametrizations" in vars(layer) and layer.built:
+            apply_waiting(layer)
+    return parametrized_weights(model)
 
 
 def warm_start(model):
@@ -138,5 +174,5 @@ def warm_start(model):
     np.testing.assert_allclose(np.linalg.norm(layer.effective_weights()["kernel"], 2), 1.0, rtol=1e-3)
     ```
     """
-    for variable in parametrized_weights(model).values():
+    for variable in parametrized(model).values():
         warm_start_variable(variable)
