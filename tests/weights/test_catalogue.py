@@ -280,3 +280,55 @@ def test_a_parametrisation_of_ones_own():
     for _ in range(3):
         np.testing.assert_allclose(layer(x, training=True), plain(x), rtol=1e-6)
     assert next(v for v in layer.weights if v.name == "calls").numpy() == 3
+
+
+@keras.saving.register_keras_serializable("tests")
+class Scaled(weights.Parametrization):
+    """Says nothing of its arguments, nor does the next."""
+
+    def __init__(self, factor=1.0, shift=0.0):
+        super().__init__()
+        self.factor, self.shift = factor, shift
+
+    def call(self, raw):
+        return raw * self.factor + self.shift
+
+
+@keras.saving.register_keras_serializable("tests")
+class ScaledNorm(weights.UnitNorm):
+    def __init__(self, factor=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.factor = factor
+
+    def call(self, raw, training=False):
+        return super().call(raw) * self.factor
+
+
+@pytest.mark.parametrize(
+    ("made", "oracle"),
+    [
+        (lambda: Scaled(3.0, shift=2.0), lambda raw: raw * 3 + 2),
+        (lambda: ScaledNorm(3.0, axis=1), lambda raw: 3 * raw / np.linalg.norm(raw, axis=1, keepdims=True)),
+    ],
+)
+def test_arguments_are_kept_without_a_get_config(made, oracle, tmp_path):
+    model = keras.Sequential([keras.Input((4,)), weights.Parametrized(layers.Dense(2), {"kernel": made()})])
+    model.save(tmp_path / "model.keras")
+    for each in (model, keras.saving.load_model(tmp_path / "model.keras")):
+        (layer,) = each.layers
+        expected = oracle(layer.layer.kernel.numpy())
+        np.testing.assert_allclose(layer.effective_weights()["kernel"], expected, rtol=1e-5)
+
+
+def test_arguments_that_cannot_be_copied_or_kept_say_so():
+    class Positional(weights.Parametrization):
+        def __init__(self, *factors):
+            super().__init__()
+
+    assert Scaled(np.ones(2)).fresh().factor.shape == (2,)
+    with pytest.raises(ValueError, match=r"Scaled was made with .* define get_config"):
+        Scaled(np.ones(2)).get_config()
+    with pytest.raises(TypeError, match=r"Scaled was made with a layer or a variable.* define get_config"):
+        Scaled(keras.Variable(1.0)).fresh()
+    with pytest.raises(ValueError, match=r"Positional.__init__ has arguments without a name"):
+        Positional(1.0).get_config()
