@@ -9,9 +9,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras import layers
+from keras import layers, ops
 
 from tfloop import names, weights
+from tfloop.model import Model
 
 
 def data(*shape, seed=0):
@@ -138,6 +139,28 @@ def test_states_are_not_matched():
     model = functional()
     weights.parametrize(model, "*/kernel", "spectral_norm")
     assert weights.parametrize(model, "*kernel*", "centered") == ["hidden/kernel", "out/kernel"]
+
+
+def test_layers_inside_a_parametrisation_are_not_matched():
+    class Mixed(weights.Parametrization):
+        def __init__(self):
+            super().__init__()
+            self.mixing = layers.Dense(2, use_bias=False)
+
+        def build(self, shape):
+            self.mixing.build(shape)
+
+        def call(self, raw):
+            return self.mixing(raw)
+
+    model = functional()
+    assert weights.parametrize(model, "out/kernel", Mixed()) == ["out/kernel"]
+    assert weights.parametrize(model, "*kernel", lambda raw: 2.0 * raw) == ["hidden/kernel", "out/kernel"]
+    hidden, out = (model.get_layer(name) for name in ("hidden", "out"))
+    (mixing,) = [v for v in out.weights if v.shape == (2, 2)]
+    kernels = 2 * hidden.kernel.numpy() @ (2 * out.kernel.numpy() @ mixing.numpy())
+    np.testing.assert_allclose(model(np.eye(4)), kernels, rtol=1e-5)
+    np.testing.assert_allclose(weights.bake(model)(np.eye(4)), kernels, rtol=1e-5)
 
 
 def test_shared_layers_are_parametrised_once():
@@ -332,6 +355,46 @@ def test_baking_takes_away_what_the_copy_parametrised_itself():
     baked = weights.bake(model)
     np.testing.assert_allclose(baked(data(3, 4))["x"], model(data(3, 4))["x"], rtol=1e-5, atol=1e-6)
     assert weights.effective_weights(baked) == {} and len(baked.weights) == len(model.weights) - 4
+
+
+def with_terms(of):
+    """Two layers of one shape whose order another graph, with a symbolic loss, reverses; or a layer for a loss only."""
+    x = keras.Input((4,))
+    a, b = layers.Dense(4, name="a")(x), layers.Dense(4, name="b")(x)
+    model = Model(x, [a, b])
+    if of == "a layer of its own":
+        model.add_loss(ops.mean(layers.Dense(3)(a)))
+    else:
+        model.add_loss(ops.mean(ops.tanh(ops.tanh(b))))
+    return keras.Model(outer := keras.Input((4,)), model(outer)) if of == "inside" else model
+
+
+@pytest.mark.parametrize("of", ["an output", "a layer of its own", "inside"])
+def test_baking_a_model_with_losses_on_symbolic_tensors(of):
+    model = with_terms(of)
+    weights.parametrize(model, "*a/kernel", "spectral_norm")
+    np.testing.assert_allclose(weights.bake(model)(data(3, 4)), model(data(3, 4)), rtol=1e-5, atol=1e-6)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Nameless(layers.Layer):
+    def __init__(self, units):
+        super().__init__()
+        self.units = units
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], self.units), name="kernel")
+
+    def call(self, x):
+        return x @ self.kernel
+
+    def get_config(self):
+        return {"units": self.units}
+
+
+def test_baking_a_wrapped_layer_whose_constructor_takes_no_name():
+    model = keras.Sequential([keras.Input((4,)), weights.SpectralNormalization(Nameless(2))])
+    np.testing.assert_allclose(weights.bake(model)(data(3, 4)), model(data(3, 4)), rtol=1e-5, atol=1e-6)
 
 
 def test_baking_what_is_not_built():

@@ -66,7 +66,7 @@ def unwrapped(entry):
     layer = plain(entry["config"]["layer"])
     place = {key: entry[key] for key in ("name", "inbound_nodes") if key in entry}
     name = entry["config"]["name"]
-    return {**layer, **place, "config": {**layer["config"], "name": name}}
+    return {**layer, **place, "config": {**layer["config"], **({"name": name} if "name" in layer["config"] else {})}}
 
 
 def is_ours(config):
@@ -75,12 +75,18 @@ def is_ours(config):
 
 
 def copy_weights(model, baked):
-    """Gives the baked model the effective weights, and takes from it what it parametrised by itself."""
+    """Gives the baked model the effective weights, and takes from it what it parametrised by itself.
+
+    By position: what a constructor makes may have other names. Layers that only losses and metrics need are not in it.
+    """
     for owner, variable in owned_weights(baked).values():
         if is_parametrized(variable):
             detach(owner, variable)
-    targets = [variable for _, variable in owned_weights(baked).values()]
-    for (path, (_, source)), target in zip(owned_weights(model).items(), targets, strict=True):
+    sources = owned_weights(model, terms=False)
+    targets = [variable for _, variable in owned_weights(baked, terms=False).values()]
+    if len(sources) != len(targets):
+        raise ValueError(f"bake({model.name!r}): it has {len(sources)} weights, a copy from its config {len(targets)}.")
+    for (path, (_, source)), target in zip(sources.items(), targets, strict=True):
         if source.shape != target.shape:
             raise ValueError(f"bake: {path!r} has shape {source.shape}, in the copy {target.shape}.")
         target.assign(effective_value(source) if is_parametrized(source) else source)

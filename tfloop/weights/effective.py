@@ -136,15 +136,15 @@ def free_name(layer, name):
     return candidate
 
 
-def owned_weights(model):
-    """`path -> (owner, variable)` for every weight below a model or layer that is no parametrisation's."""
+def owned_weights(model, terms=True):
+    """`path -> (owner, variable)` for every weight below a model or layer that is no parametrisation's.
+
+    `terms`: with those of layers that only losses and metrics need.
+    """
     paths = {id(v): path for path, v in names.weight_names(model).items()}
-    return {
-        paths[id(v)]: (owner, v)
-        for _, owner in names.walk(model)
-        if not isinstance(owner, Parametrization)
-        for v in names.own_weights(owner)
-    }
+    below = list(names.walk(model, terms))
+    states = {id(s) for _, layer in below if isinstance(layer, Parametrization) for _, s in names.walk(layer)}
+    return {paths[id(v)]: (owner, v) for _, owner in below if id(owner) not in states for v in names.own_weights(owner)}
 
 
 def parametrized_weights(model):
