@@ -22,6 +22,7 @@ from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.random import seed_generator
 from keras.src.utils.rng_utils import get_random_seed
 from tensorflow.python.framework.config import is_op_determinism_enabled
+from tensorflow.python.ops import control_flow_v2_func_graphs as branches
 
 # Attributes in which Keras keeps its own books: those that hold layers name none of them, the others hold none.
 BOOKKEEPING_ATTRIBUTES = frozenset(
@@ -623,3 +624,9 @@ def are_operations_deterministic():
 def is_cloning(operation_fn):
     """Whether `keras.models.clone_model` is rebuilding a graph: it asks neither `get_config` nor `from_config`."""
     return getattr(operation_fn, "__module__", None) == cloning.__name__
+
+
+def is_branch(graph):
+    """Whether a graph is that of a branch of `tf.cond`, or of a `tf.while_loop`, and not of a function: what is made
+    in the graph around it is made in the same call. There is no public question."""
+    return isinstance(graph, branches.CondBranchFuncGraph | branches.WhileBodyFuncGraph | branches.WhileCondFuncGraph)

@@ -322,6 +322,48 @@ def test_a_branch_and_then_the_same_layer_outside():
         np.testing.assert_allclose(inside, outside, rtol=1e-6)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda call, n: tf.cond(n > 0, call, lambda: 0.0),
+        lambda call, n: tf.while_loop(lambda i, _: i < n, lambda i, _: (i + 1, call()), (0, 0.0))[1],
+        lambda call, n: tf.cond(n > 0, lambda: tf.cond(n > 1, call, lambda: 1.0), call),
+    ],
+    ids=["branch", "loop", "branches"],
+)
+def test_state_moves_once_a_step_whichever_branch_is_taken(inner, compiled):
+    layer, x = counted(layers.Dense(3)), data(2, 4)
+    layer.build((None, 4))
+    call = lambda: tf.reduce_sum(layer(x, training=True))
+
+    @tf.function(jit_compile=compiled)
+    def chunk(n):
+        def body(i, _):
+            with running(Step()):
+                return i + 1, inner(call, n) + call()
+
+        return tf.while_loop(lambda i, _: i < 2, body, (0, 0.0))
+
+    for steps, n in enumerate([0, 1, 2], start=1):
+        chunk(tf.constant(n))
+        assert moves(layer) == [2 * steps]
+
+
+def test_a_move_in_a_function_counts_there_only():
+    layer, x = counted(layers.Dense(3)), data(2, 4)
+    layer.build((None, 4))
+    inner = tf.function(lambda: layer(x, training=True) + layer(2 * x, training=True))
+
+    @tf.function
+    def step(flag):
+        with running(Step()):
+            return tf.cond(flag, inner, lambda: tf.zeros((2, 3))) + layer(x, training=True)
+
+    step(tf.constant(False))
+    assert moves(layer) == [1]
+
+
 def test_a_function_inside_a_function():
     layer, x = dense(), data(2, 4)
     inner = tf.function(lambda v: layer(v, training=True))

@@ -152,16 +152,11 @@ class Parametrization(keras.layers.Layer):
 
     def once_a_step(self, move):
         """Calls `move()`, which changes the state, unless it was called before in this tfloop step."""
-
-        def moved():
-            move()  # what it returns may belong to an inner graph, and is not kept
-            return True
-
         step = current_step()
         if step is None or _keras.in_stateless_scope():
             move()
         else:
-            step.once((id(self), "state"), moved)
+            step.once((id(self), "state"), move)
 
 
 def arguments(parametrization):
