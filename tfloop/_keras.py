@@ -570,13 +570,18 @@ def autocast(variable, value):
     return variable._maybe_autocast(value)
 
 
+def is_initialized(variable):
+    """Whether a variable has its value. Keras makes those of a layer whose shapes it learns afterwards."""
+    return variable._value is not None
+
+
 def when_initialized(variable, function):
     """Calls `function()` as soon as the variable has a value: now, or where Keras makes deferred ones.
 
     A variable made while Keras learns shapes gets its value later, in order of creation. What is put into
     Keras' list of those has its turn after the variables made before it.
     """
-    if variable._value is not None:
+    if is_initialized(variable):
         function()
         return
     deferred = types.SimpleNamespace(_deferred_initialize=function)

@@ -34,7 +34,12 @@ def is_parametrized(variable):
 
 
 def attach(owner, variable, parametrizations, path, holder=None):
-    """Gives a variable further parametrisations, applied after those that it has.
+    """Gives a variable further parametrisations, applied after those that it has: `Attachment(...).finish()`."""
+    Attachment(owner, variable, parametrizations, path, holder).finish()
+
+
+class Attachment:
+    """Further parametrisations for a variable, made for it and tried, but not given to it before `finish()`.
 
     Args:
         owner: the layer to which the variable belongs.
@@ -45,19 +50,44 @@ def attach(owner, variable, parametrizations, path, holder=None):
             wrapper, which leaves the weights of what it wraps as they are, or by default the owner, so that
             state is trained, frozen and saved with the weight.
     """
-    check(variable, path)
-    old, new = list(getattr(variable, "parametrizations", ())), [p.fresh() for p in parametrizations]
-    for parametrization in new:
-        parametrization.dtype_policy = compute_dtype(variable.dtype)
-        parametrization.bind(owner, variable)
-        parametrization.build(tuple(variable.shape))
-        parametrization.trainable = variable.trainable
-    _keras.when_initialized(variable, lambda: begin(variable, old, new, path))
-    for parametrization in new:
-        hold(holder or owner, parametrization, variable.name if holder is None else path.replace("/", "_"))
-    variable.parametrizations = [*old, *new]
-    variable.__class__ = ParametrizedVariable
-    enter_at(owner)
+
+    def __init__(self, owner, variable, parametrizations, path, holder=None):
+        check(variable, path)
+        self._owner, self._variable, self._path, self._holder = owner, variable, path, holder
+        self._old, self._new = list(getattr(variable, "parametrizations", ())), [p.fresh() for p in parametrizations]
+        for parametrization in self._new:
+            parametrization.dtype_policy = compute_dtype(variable.dtype)
+            parametrization.bind(owner, variable)
+            parametrization.build(tuple(variable.shape))
+            parametrization.trainable = variable.trainable
+        self._raw = None
+        if _keras.is_initialized(variable):
+            self._start()
+
+    def _start(self):
+        """Sets the state so that the effective weight is what it was, where that can be, and finds the raw weight."""
+        with tf.init_scope():
+            stored = numpy_value(self._variable, self._old)
+            check_shape(stored, self._new, self._path)
+            self._raw = stored, begin_at(stored, self._new)
+
+    def finish(self):
+        variable = self._variable
+        _keras.when_initialized(variable, self._set_raw)
+        for parametrization in self._new:
+            prefix = variable.name if self._holder is None else self._path.replace("/", "_")
+            hold(self._holder or self._owner, parametrization, prefix)
+        variable.parametrizations = [*self._old, *self._new]
+        variable.__class__ = ParametrizedVariable
+        enter_at(self._owner)
+
+    def _set_raw(self):
+        if self._raw is None:
+            self._start()
+        stored, raw = self._raw
+        if raw is not stored:
+            with tf.init_scope():
+                self._variable.assign(begin_at(raw, self._old))
 
 
 def hold(holder, parametrization, prefix):
@@ -74,16 +104,6 @@ def detach(owner, variable):
             delattr(owner, name)
     del variable.parametrizations
     variable.__class__ = keras.Variable
-
-
-def begin(variable, old, new, path):
-    """Sets raw weight and state so that the effective weight is what it was, where that can be."""
-    with tf.init_scope():
-        stored = numpy_value(variable, old)
-        check_shape(stored, new, path)
-        raw = begin_at(stored, new)
-        if raw is not stored:
-            variable.assign(begin_at(raw, old))
 
 
 def begin_at(weight, parametrizations):

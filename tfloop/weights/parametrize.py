@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tfloop import _keras, names
 from tfloop.weights.catalogue import get_list
-from tfloop.weights.effective import attach, owned_weights, parametrized_weights, warm_start_variable
+from tfloop.weights.effective import Attachment, owned_weights, parametrized_weights, warm_start_variable
 from tfloop.weights.forward import effective_value, enter_at
 
 
@@ -28,8 +28,11 @@ def parametrize(model, pattern, parametrization):
     has trainable state.
 
     Raises `ValueError` when nothing matches (on a model that is not built: when it is), with the weights
-    there are, and what the parametrisation raises.
+    there are, `TypeError` for a pattern that is no string, and what the parametrisation raises. The model
+    is then what it was.
     """
+    if not isinstance(pattern, str):
+        raise TypeError(f"parametrize({pattern!r}): expected one pattern, a string. Call it once for each.")
     given, entry = given_to(model), (pattern, tuple(get_list(parametrization)))
     if not model.built:
         if not given.waiting:
@@ -64,9 +67,10 @@ def apply(model, pattern, parametrizations):
             f"parametrize({pattern!r}): no weight matches. {names.nearest(pattern, weights)} "
             f"The weights are {names.listing(weights)}."
         )
-    for path in found:
-        owner, variable = weights[path]
-        attach(owner, variable, parametrizations, path)
+    targets = [(path, *weights[path]) for path in found]
+    attachments = [Attachment(owner, variable, parametrizations, path) for path, owner, variable in targets]
+    for attachment in attachments:
+        attachment.finish()
     enter_above(model, [weights[path][1] for path in found])
     return found
 
