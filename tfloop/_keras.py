@@ -273,10 +273,10 @@ def own_trainable_variables(layer):
 
 
 def set_trainable_flag(layer, flag, variables):
-    """Sets one layer's `trainable` and its variables' without touching sublayers, as the public setter would."""
+    """Sets one layer's `trainable` and its variables', and nothing else, as the public setters would."""
     layer._trainable = flag
     for variable, trainable in variables:
-        variable.trainable = trainable
+        variable._trainable = trainable
 
 
 def tensor_of(variable):

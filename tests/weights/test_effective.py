@@ -7,6 +7,7 @@ import tensorflow as tf
 from keras import layers, ops
 
 from tfloop import weights
+from tfloop.model import Model
 from tfloop.step import Step, running
 
 
@@ -86,6 +87,38 @@ def test_a_frozen_weight_is_normalised_and_does_not_move_u(freeze):
     assert not moved(layer, before)
     weights.warm_start(layer)
     np.testing.assert_allclose(np.linalg.norm(layer(np.eye(4)), 2), 1.0, rtol=1e-2)
+
+
+def test_trained_state_is_frozen_and_thawed_with_its_weight():
+    wrapper = weights.Parametrized(layers.Dense(3, use_bias=False), {"kernel": weights.WeightNorm()})
+    wrapper.build((None, 4))
+    alone = layers.Dense(3, use_bias=False)
+    alone.build((None, 4))
+    weights.parametrize(alone, "kernel", "weight_norm")
+    for layer, kernel in ((wrapper, wrapper.layer.kernel), (alone, alone.kernel)):
+        for frozen in (kernel, getattr(layer, "layer", layer), layer):
+            frozen.trainable = False
+            assert layer.trainable_weights == []
+            frozen.trainable = True
+            assert [v.name for v in layer.trainable_weights] == ["kernel", "g"]
+
+
+def test_trained_state_of_a_network_in_two_models_is_trained_as_compiled():
+    critic = Model(x := keras.Input((4,)), layers.Dense(1)(x))
+    critic.parametrize("*/kernel", "weight_norm")
+    critic.compile("sgd", "mse")
+    critic.trainable = False
+    generator = Model(z := keras.Input((2,)), critic(layers.Dense(4)(z)))
+    generator.compile("sgd", "mse")
+    state = critic.layers[1].kernel_weight_norm.g
+    for model, x, trained in (
+        (generator, data(8, 2), False),
+        (critic, data(8, 4), True),
+        (generator, data(8, 2), False),
+    ):
+        before = state.numpy()
+        model.fit(x, np.ones((8, 1)), verbose=0)
+        assert np.any(state.numpy() != before) == trained and critic.trainable_weights == []
 
 
 @pytest.mark.parametrize(

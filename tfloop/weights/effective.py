@@ -28,6 +28,17 @@ class ParametrizedVariable(keras.Variable):
             return super().value
         return _keras.autocast(self, forward.effective(self))
 
+    @property
+    def trainable(self):
+        return super().trainable
+
+    @trainable.setter
+    def trainable(self, value):
+        """The state of a weight is trained, and moves, if the weight does."""
+        keras.Variable.trainable.fset(self, value)
+        for parametrization in self.parametrizations:
+            parametrization.trainable = value
+
 
 def is_parametrized(variable):
     return isinstance(variable, ParametrizedVariable)
