@@ -105,6 +105,31 @@ def test_formulas():
     near("unit_norm", w / length)
 
 
+@pytest.mark.parametrize("kind", ["spectral_norm", "weight_norm", "weight_norm of all", "unit_norm", "max_norm"])
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e20, 1e30])
+def test_weights_whose_squares_are_no_float32(kind, scale):
+    """What does not depend on the scale is that of the weights without it, and the gradient that by the scale."""
+    w, g = rng().standard_normal((2, 5, 3)) * 3
+    found = {}
+    for factor in (1.0, scale):
+        parametrization = built(EACH[kind](), w.shape, "float32")
+        raw = (w * factor).astype("float32")
+        parametrization.assign_state(parametrization.warm_start(raw))
+        variable = tf.Variable(raw)
+        with tf.GradientTape() as tape:
+            effective = parametrization(variable)
+            loss = tf.reduce_sum(g * effective)
+        found[factor] = effective.numpy(), tape.gradient(loss, variable).numpy() * factor
+    if kind == "max_norm" and scale < 1:
+        found[1.0] = w * scale, g * scale
+    for got, expected in zip(found[scale], found[1.0], strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    if kind.startswith("weight_norm"):
+        start = built(EACH[kind](), w.shape, "float32").start((w * scale).astype("float32"))[1]["g"]
+        axis = None if kind.endswith("all") else 0
+        np.testing.assert_allclose(start, np.linalg.norm(w, axis=axis) * scale, rtol=1e-5)
+
+
 def test_weight_norm_trains_length_and_direction():
     layer = weights.Parametrized(layers.Dense(3), {"kernel": weights.WeightNorm()})
     layer.build((None, 5))

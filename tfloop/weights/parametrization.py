@@ -190,9 +190,11 @@ def reduced(shape, axis):
 
 def norm(x, axes):
     """Euclidean norm over the axes, kept as dimensions of size one. At zero its gradient is zero, not NaN."""
-    squares = tf.reduce_sum(x * x, axes, keepdims=True)
-    zero = tf.equal(squares, 0)
-    return tf.where(zero, tf.zeros_like(squares), tf.sqrt(tf.where(zero, tf.ones_like(squares), squares)))
+    largest = tf.stop_gradient(tf.reduce_max(tf.abs(x), axes, keepdims=True))
+    zero = tf.equal(largest, 0)
+    scale = tf.where(zero, tf.ones_like(largest), largest)  # the squares of large and small numbers are none
+    squares = tf.reduce_sum(tf.square(x / scale), axes, keepdims=True)
+    return tf.where(zero, tf.zeros_like(squares), scale * tf.sqrt(tf.where(zero, tf.ones_like(squares), squares)))
 
 
 def divided(x, by):
