@@ -384,12 +384,23 @@ class ParametrizesItself(Net):
         weights.parametrize(self, "*/kernel", "weight_norm")
 
 
-def test_baking_takes_away_what_the_copy_parametrised_itself():
-    model = ParametrizesItself()
+@keras.saving.register_keras_serializable("tests")
+class WrapsItself(Net):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        wrapped = {name: weights.Parametrized(head, {"kernel": "weight_norm"}) for name, head in self.heads.items()}
+        self.encoder, self.heads = weights.SpectralNormalization(self.encoder), wrapped
+
+
+@pytest.mark.parametrize("make", [ParametrizesItself, WrapsItself])
+def test_baking_takes_away_what_the_copy_parametrised_itself_and_says_so(make):
+    model = make()
     model(data(2, 4))
-    baked = weights.bake(model)
+    with pytest.warns(UserWarning, match="a file of it would be loaded with these parametrisations"):
+        baked = weights.bake(model)
     np.testing.assert_allclose(baked(data(3, 4))["x"], model(data(3, 4))["x"], rtol=1e-5, atol=1e-6)
     assert weights.effective_weights(baked) == {} and len(baked.weights) == len(model.weights) - 4
+    assert weights.parametrization_config(baked) == []
 
 
 def with_terms(of):

@@ -1,10 +1,13 @@
 """Baking: a plain Keras model that has the effective weights as its weights."""
 
+import warnings
+
 import keras
 
-from tfloop import _keras
+from tfloop import _keras, names
 from tfloop.weights.effective import detach, is_parametrized, owned_weights
 from tfloop.weights.forward import effective_value
+from tfloop.weights.parametrize import forget, parametrized
 
 WRAPPERS = ("tfloop>Parametrized", "tfloop>SpectralNormalization")
 FUNCTIONAL = {
@@ -25,6 +28,10 @@ def bake(model):
     Returns a new model that is not compiled: wrappers are gone, a functional `tfloop.Model` is a
     `keras.Model`, and each parametrised weight has its effective value. Its file can be loaded where tfloop
     is not installed, if the layers of your own that it holds can.
+
+    What a subclassed model's own constructor wraps or parametrises is plain in the result, but not in what its
+    constructor makes again, as when its file is loaded: that is warned of. Save its weights, and load them into a
+    class without parametrisations.
 
     Raises `ValueError` if the model is not built, and what Keras raises if the model cannot be made from its
     config (a subclassed model needs `get_config`).
@@ -79,9 +86,17 @@ def copy_weights(model, baked):
 
     By position: what a constructor makes may have other names. Layers that only losses and metrics need are not in it.
     """
-    for owner, variable in owned_weights(baked).values():
-        if is_parametrized(variable):
-            detach(owner, variable)
+    own = parametrized(baked)
+    if own:
+        warnings.warn(
+            f"bake({model.name!r}): constructors of its layers parametrise {names.listing(own)} anew. The baked model "
+            "has the same outputs, but a file of it would be loaded with these parametrisations, and others: save its "
+            "weights, for a class without them.",
+            stacklevel=3,
+        )
+    detach(baked)
+    for _, layer in names.walk(baked):
+        forget(layer)
     sources = owned_weights(model, terms=False)
     targets = [variable for _, variable in owned_weights(baked, terms=False).values()]
     if len(sources) != len(targets):

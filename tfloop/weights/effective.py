@@ -107,14 +107,18 @@ def hold(holder, parametrization, prefix):
         setattr(holder, free_name(holder, f"{prefix}_{parametrization.kind}"), parametrization)
 
 
-def detach(owner, variable):
-    """Makes a parametrised variable a plain one again; the raw weight stays."""
-    for name, value in list(vars(owner).items()):
-        if any(value is p for p in variable.parametrizations):
-            _keras.untrack(owner, value)
-            delattr(owner, name)
-    del variable.parametrizations
-    variable.__class__ = keras.Variable
+def detach(model):
+    """Makes the parametrised weights below a model plain ones again; the raw weights stay."""
+    variables = parametrized_weights(model).values()
+    states = {id(p) for variable in variables for p in variable.parametrizations}
+    for _, layer in list(names.walk(model)):
+        for name, value in list(vars(layer).items()):
+            if id(value) in states:
+                _keras.untrack(layer, value)
+                delattr(layer, name)
+    for variable in variables:
+        del variable.parametrizations
+        variable.__class__ = keras.Variable
 
 
 def begin_at(weight, parametrizations):

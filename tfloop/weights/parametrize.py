@@ -59,6 +59,11 @@ def given_to(model):
     return vars(model).setdefault("_tfloop_parametrizations", Given())
 
 
+def forget(model):
+    """Lets `parametrization_config` know nothing of what the model was parametrised with."""
+    vars(model).pop("_tfloop_parametrizations", None)
+
+
 def apply(model, pattern, parametrizations):
     weights = owned_weights(model)
     found = matching(weights, pattern)
