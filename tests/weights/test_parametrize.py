@@ -351,6 +351,39 @@ def test_the_config_of_a_parametrised_model():
     weights.restore_parametrizations(again, None)
 
 
+# What rewrites weights ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+def test_a_parametrised_layer_is_not_quantised_before_it_is_baked(wrap):
+    x = keras.Input((16,))
+    layer = layers.Dense(8, name="dense")
+    model = keras.Model(x, (weights.SpectralNormalization(layer) if wrap else layer)(x))
+    if not wrap:
+        weights.parametrize(model, "*/kernel", "spectral_norm")
+    expected = model(data(3, 16)).numpy()
+    with pytest.raises(NotImplementedError, match=r"'kernel' of 'dense' is parametrised.*tfloop.bake"):
+        layer.quantize("int8")
+    with pytest.warns(UserWarning):
+        model.quantize("int8")
+    np.testing.assert_array_equal(model(data(3, 16)), expected)
+    baked = weights.bake(model)
+    baked.quantize("int8")
+    np.testing.assert_allclose(baked(data(3, 16)), expected, atol=0.02)
+
+
+def test_lora_and_parametrisations_are_refused_together():
+    model, adapted = functional(), functional()
+    weights.parametrize(model, "out/kernel", "spectral_norm")
+    with pytest.raises(ValueError, match=r"enable_lora: 'kernel' of 'out' is parametrised.*tfloop.bake"):
+        model.get_layer("out").enable_lora(2)
+    weights.bake(model).get_layer("out").enable_lora(2)
+    adapted.get_layer("out").enable_lora(2)
+    with pytest.raises(ValueError, match="'out/kernel': 'out' has LoRA enabled"):
+        weights.parametrize(adapted, "*/kernel", "spectral_norm")
+    assert weights.effective_weights(adapted) == {}
+
+
 # Baking ------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,8 @@ A variable has a regulariser, a constraint and, here, a list of parametrisations
 regularisers, constraints and files read and write the raw weight; only a running layer sees the effective one.
 """
 
+import functools
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -63,7 +65,7 @@ class Attachment:
     """
 
     def __init__(self, owner, variable, parametrizations, path, holder=None):
-        check(variable, path)
+        check(owner, variable, path)
         self._owner, self._variable, self._path, self._holder = owner, variable, path, holder
         self._old, self._new = list(getattr(variable, "parametrizations", ())), [p.fresh() for p in parametrizations]
         for parametrization in self._new:
@@ -91,6 +93,8 @@ class Attachment:
         variable.parametrizations = [*self._old, *self._new]
         variable.__class__ = ParametrizedVariable
         enter_at(self._owner)
+        refuse_while_parametrized(self._owner, "quantize", NotImplementedError)  # which `Model.quantize` warns of
+        refuse_while_parametrized(self._owner, "enable_lora", ValueError)
 
     def _set_raw(self):
         if self._raw is None:
@@ -105,6 +109,26 @@ def hold(holder, parametrization, prefix):
     """Makes the state a part of the holder."""
     with _keras.unlocked(holder):
         setattr(holder, free_name(holder, f"{prefix}_{parametrization.kind}"), parametrization)
+
+
+def refuse_while_parametrized(owner, method, error):
+    """Lets a method that would write the effective weight over the raw one, or beside it, raise an error."""
+    original = getattr(owner, method, None)
+    if original is None or hasattr(original, "refuses_parametrized"):
+        return
+
+    @functools.wraps(original)
+    def refusing(*args, **kwargs):
+        found = [v.name for v in names.own_weights(owner) if is_parametrized(v)]
+        if found:
+            raise error(
+                f"{method}: {names.listing(found)} of {owner.name!r} is parametrised. Call it on the layer of the "
+                "plain model that tfloop.bake(model) gives."
+            )
+        return original(*args, **kwargs)
+
+    refusing.__dict__["refuses_parametrized"] = True
+    vars(owner)[method] = refusing
 
 
 def detach(model):
@@ -144,11 +168,16 @@ def numpy_value(variable, parametrizations):
     return value.astype(np.promote_types(value.dtype if value.dtype.kind == "f" else "f4", "f4"), copy=False)
 
 
-def check(variable, path):
+def check(owner, variable, path):
     if not keras.backend.is_float_dtype(variable.dtype):
         raise TypeError(f"{path!r} has dtype {variable.dtype}: only a weight of a floating dtype can be parametrised.")
     if type(variable) not in (keras.Variable, ParametrizedVariable):
         raise TypeError(f"{path!r} is a {type(variable).__name__}, which reads its value in its own way.")
+    if getattr(owner, "lora_enabled", False):
+        raise ValueError(
+            f"{path!r}: {owner.name!r} has LoRA enabled, which adds to its kernel when used and when saved. "
+            "Expected a layer without: make the layer anew with the merged kernel, and parametrise that."
+        )
 
 
 def check_shape(weight, parametrizations, path):
