@@ -297,6 +297,51 @@ def test_a_model_that_parametrises_itself_comes_back_as_it_was(make, again, tmp_
     equal(model, loaded)
 
 
+@keras.saving.register_keras_serializable("tests")
+class NormedFromOutside(Model):
+    """Parametrises one layer itself; the others are."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense, self.out = layers.Dense(3), layers.Dense(2)
+        self.parametrize("dense/kernel", weights.UnitNorm(axis=(0,)))
+
+    def call(self, x):
+        return self.out(self.dense(x))
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+@keras.saving.register_keras_serializable("tests")
+class FunctionalFromOutside(Model):
+    def __init__(self, **kwargs):
+        x = keras.Input((4,))
+        super().__init__(x, layers.Dense(2, name="out")(layers.Dense(3, name="dense")(x)), **kwargs)
+        self.parametrize("dense/kernel", weights.UnitNorm(axis=(0,)))
+
+
+@pytest.mark.parametrize("make", [NormedFromOutside, FunctionalFromOutside])
+def test_what_a_class_does_not_parametrise_itself_is_in_its_file_too(make, tmp_path):
+    model = make()
+    model(data(2, 4))
+    model.parametrize("out/kernel", [weights.SpectralNorm(norm=0.1), "weight_norm"])
+    trained(model).save(tmp_path / "model.keras")
+    for again in (keras.saving.load_model(tmp_path / "model.keras"), deepcopy(model)):
+        equal(model, again)
+        assert [len(v.parametrizations) for v in (again.layers[-2].kernel, again.layers[-1].kernel)] == [1, 2]
+    with pytest.warns(UserWarning, match="would be loaded with"):
+        np.testing.assert_allclose(weights.bake(model)(data(3, 4)), model(data(3, 4)), rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_file_cannot_say_is_warned_of(tmp_path):
+    model = NormedFromOutside()
+    model(data(2, 4))
+    model.parametrize("out/kernel", lambda raw: 2.0 * raw)
+    with pytest.warns(UserWarning, match=r"does not say how it was parametrised: Function.* cannot be written"):
+        model.save(tmp_path / "model.keras")
+
+
 def test_a_weights_file(tmp_path):
     model, again = trained(wrapped()), wrapped()
     model.save_weights(tmp_path / "model.weights.h5")

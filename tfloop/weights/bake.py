@@ -60,8 +60,8 @@ def plain(config):
     if config.get("registered_name") in WRAPPERS:
         return unwrapped(config)
     config = {key: plain(item) for key, item in config.items() if key != "compile_config"}
-    if "input_layers" in config:  # the config of a functional model
-        config.pop("parametrizations", None)
+    for part in (config if "input_layers" in config else {}, config.get("build_config") or {}):
+        part.pop("parametrizations", None)  # of a functional model, of one of a class of its own
     if is_ours(config):
         kept = {key: config["config"][key] for key in FUNCTIONAL_KEYS if key in config["config"]}
         return {**config, **FUNCTIONAL, "config": kept}

@@ -3,6 +3,7 @@
 import contextlib
 import fnmatch
 import functools
+import json
 
 import keras
 import tensorflow as tf
@@ -147,10 +148,21 @@ def parametrization_config(model):
 
 
 def restore_parametrizations(model, config):
-    """Does again what `parametrization_config` says, on a model made from the same config."""
+    """Does what `parametrization_config` says on a model made from the same config, but for what its constructor did
+    already."""
+    done = [described(entry) for entry in parametrization_config(model)] if config else []
     for entry in config or ():
+        if described(entry) in done:
+            done.remove(described(entry))
+            continue
         deserialized = [keras.saving.deserialize_keras_object(c) for c in entry["parametrization"]]
         parametrize(model, entry["pattern"], deserialized)
+
+
+def described(entry):
+    """An entry of `parametrization_config` as a file has it, without what differs from file to file."""
+    chain = [(c["registered_name"], c["class_name"], c["config"]) for c in entry["parametrization"]]
+    return json.dumps([entry["pattern"], chain], sort_keys=True, default=str)
 
 
 def effective_weights(model):
