@@ -231,10 +231,10 @@ class Snapshots(keras.callbacks.Callback):
     """The weights before the first update and after every one: its hooks make chunks of one step."""
 
     def on_train_begin(self, logs=None):
-        self.weights = [[w.numpy().copy() for w in self.model.trainable_weights]]
+        self.weights = [[w.numpy().copy() for w in self.model.weights]]
 
     def on_train_batch_end(self, batch, logs=None):
-        self.weights.append([w.numpy().copy() for w in self.model.trainable_weights])
+        self.weights.append([w.numpy().copy() for w in self.model.weights])
 
 
 @pytest.mark.parametrize("start, every, due", [(0, 1, range(13)), (1, 1, range(1, 13)), (3, 4, [3, 7, 11])])
@@ -249,6 +249,20 @@ def test_fit_takes_the_snapshots_that_are_due(start, every, due):
     for average in (running, in_chunks):
         for got, want in zip(values(average), expected(history, average), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", [slice(None), slice(1, 3)], ids=["all", "some"])
+def test_what_is_averaged_is_what_was_trainable_at_compile(frozen):
+    running, snapshots = WeightAverage(), Snapshots()
+    model = Model(x := keras.Input((3,)), layers.Dense(2)(layers.Dense(3)(x)))
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    for layer in [model, *model.layers][frozen]:
+        layer.trainable = False
+    model.fit(np.ones((8, 3)), np.ones((8, 2)), batch_size=4, verbose=0, callbacks=[running, snapshots])
+    assert np.any(snapshots.weights[0][0] != snapshots.weights[1][0])
+    with averaged(model):
+        for weight, *history in zip(model.weights, *snapshots.weights[1:], strict=True):
+            np.testing.assert_allclose(weight, np.mean(history, axis=0), rtol=1e-5, atol=1e-7)
 
 
 def test_fit_validates_with_the_average_when_asked():

@@ -54,6 +54,8 @@ def forms(x):
         "dataset of pairs": dataset((x, y)),
         "generator": ((x[i : i + 7], y[i : i + 7]) for i in range(0, len(x), 7)),
         "sequence": Sequence(),
+        "list": [x[i : i + 7] for i in range(0, len(x), 7)],
+        "list of pairs": [(x[i : i + 7], y[i : i + 7]) for i in range(0, len(x), 7)],
     }
 
 
@@ -197,6 +199,36 @@ def test_frozen_layers_and_those_called_for_inference_keep_their_statistics():
     for layer in (model.inference, model.frozen):
         np.testing.assert_array_equal(layer.moving_mean, np.zeros(3))
     assert_statistics(model.live, X / 1.001, rtol=1e-4)  # sqrt(1 + epsilon), twice
+
+
+class SometimesInference(keras.Model):
+    """Calls one layer for inference too, `more` times oftener in training than otherwise."""
+
+    def __init__(self, more=0):
+        super().__init__()
+        self.norm = layers.BatchNormalization()
+        self.more = more
+
+    def call(self, x, training=None):
+        y = (
+            self.norm(x, training=training)
+            - self.norm(10 + 5 * x, training=False)
+            + self.norm(2 * x, training=training)
+        )
+        for _ in range(self.more if training else 0):
+            y += self.norm(x, training=training)
+        return y
+
+
+def test_calls_for_inference_of_a_layer_that_is_also_trained_do_not_count():
+    model = SometimesInference()
+    assert reestimate(model, dataset(X), verbose=0) == ["norm"]
+    assert_statistics(model.norm, np.concatenate([X, 2 * X]))
+
+
+def test_calls_that_cannot_be_told_apart_are_refused():
+    with pytest.raises(ValueError, match=r"'norm' is called 4 times in training, 1 of these .* and 3 times in infer"):
+        reestimate(SometimesInference(more=1), dataset(X), verbose=0)
 
 
 class Counting(layers.Layer):

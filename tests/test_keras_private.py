@@ -277,3 +277,23 @@ def test_assigned_variables_are_told():
         variable.assign(5.0)
     variable.assign(6.0)
     assert [v is variable for v in seen] == [True, True]
+
+
+def test_the_graphs_of_branches_and_loops_are_told_from_those_of_functions():
+    seen = []
+
+    def see():
+        graph = tf.compat.v1.get_default_graph()
+        seen.append((_keras.is_branch(graph), graph.outer_graph))
+        return 0.0
+
+    @tf.function
+    def function(n):
+        tf.function(see)()
+        tf.cond(n > 0, see, lambda: 0.0)
+        tf.while_loop(lambda i: i + see() < 1.0, lambda i: i + 1.0 + see(), (0.0,))
+
+    graph = function.get_concrete_function(tf.constant(1)).graph
+    assert [branch for branch, _ in seen] == [False, True, True, True]
+    assert all(outer is graph for _, outer in seen)
+    assert not _keras.is_branch(graph)

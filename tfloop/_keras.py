@@ -23,6 +23,7 @@ from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.random import seed_generator
 from keras.src.utils.rng_utils import get_random_seed
 from tensorflow.python.framework.config import is_op_determinism_enabled
+from tensorflow.python.ops import control_flow_v2_func_graphs as branches
 
 # Attributes in which Keras keeps its own books: those that hold layers name none of them, the others hold none.
 BOOKKEEPING_ATTRIBUTES = frozenset(
@@ -290,10 +291,10 @@ def own_trainable_variables(layer):
 
 
 def set_trainable_flag(layer, flag, variables):
-    """Sets one layer's `trainable` and its variables' without touching sublayers, as the public setter would."""
+    """Sets one layer's `trainable` and its variables', and nothing else, as the public setters would."""
     layer._trainable = flag
     for variable, trainable in variables:
-        variable.trainable = trainable
+        variable._trainable = trainable
 
 
 def tensor_of(variable):
@@ -587,13 +588,18 @@ def autocast(variable, value):
     return variable._maybe_autocast(value)
 
 
+def is_initialized(variable):
+    """Whether a variable has its value. Keras makes those of a layer whose shapes it learns afterwards."""
+    return variable._value is not None
+
+
 def when_initialized(variable, function):
     """Calls `function()` as soon as the variable has a value: now, or where Keras makes deferred ones.
 
     A variable made while Keras learns shapes gets its value later, in order of creation. What is put into
     Keras' list of those has its turn after the variables made before it.
     """
-    if variable._value is not None:
+    if is_initialized(variable):
         function()
         return
     deferred = types.SimpleNamespace(_deferred_initialize=function)
@@ -641,3 +647,9 @@ def are_operations_deterministic():
 def is_cloning(operation_fn):
     """Whether `keras.models.clone_model` is rebuilding a graph: it asks neither `get_config` nor `from_config`."""
     return getattr(operation_fn, "__module__", None) == cloning.__name__
+
+
+def is_branch(graph):
+    """Whether a graph is that of a branch of `tf.cond`, or of a `tf.while_loop`, and not of a function: what is made
+    in the graph around it is made in the same call. There is no public question."""
+    return isinstance(graph, branches.CondBranchFuncGraph | branches.WhileBodyFuncGraph | branches.WhileCondFuncGraph)

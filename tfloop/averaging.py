@@ -75,7 +75,7 @@ class WeightAverage(keras.callbacks.Callback):
         if not model.built:
             raise ValueError(f"{model.name!r} has no weights yet: build it before averaging them.")
         weights = list(model.trainable_weights)
-        if [id(w) for w in weights] != [id(w) for w in self._weights]:
+        if self.count is None or [id(w) for w in weights] != [id(w) for w in self._weights]:
             paths = {id(w): path for path, w in reproducibility.weights(model).items()}
             self._names = [paths[id(w)] for w in weights]
             self._weights = weights

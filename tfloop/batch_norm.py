@@ -4,6 +4,7 @@ The moving statistics of BatchNormalization belong to the weights of the last up
 weights were set to something else (an average, a file) they are wrong, and accuracy falls.
 """
 
+import collections
 import contextlib
 import inspect
 import itertools
@@ -29,16 +30,18 @@ def reestimate_batch_norm(model, data, steps=None, batch_size=32, verbose=1):
     make with their new ones.
 
     `data`: arrays (a structure as the model takes it, or a tuple `(x, y)` or `(x, y, weights)`, of
-    which x is used), a `tf.data.Dataset`, a `keras.utils.PyDataset`, or an iterable of batches.
+    which x is used), a `tf.data.Dataset`, a `keras.utils.PyDataset`, or an iterable of batches. A
+    list is one of batches if it holds tuples, or several arrays for a model of one input.
     `steps`: the number of batches used; all by default. `batch_size`: of arrays.
 
     Counts are of examples, or of positions where there are several (pixels, time steps); masked ones
-    are left out. Layers that are frozen, or that the model calls with `training=False` in training
-    too, keep their statistics. Every other state (weights, seeds, metrics) is what it was before,
+    are left out. So are calls with `training=False` in training too, and layers that are frozen or
+    called only like that keep their statistics. Every other state (weights, seeds, metrics) is what it was before,
     and so are these statistics if the pass fails.
 
     Returns the paths of the layers it set; an empty list, at once and with a line in the log, if
-    there are none. Raises `ValueError` if there is no batch, or no end of them and no `steps`.
+    there are none. Raises `ValueError` if there is no batch, no end of them and no `steps`, or if a layer's calls
+    with `training=False` cannot be told, as there are more or fewer calls in training.
 
     ```python
     model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization(name="norm")])
@@ -47,7 +50,7 @@ def reestimate_batch_norm(model, data, steps=None, batch_size=32, verbose=1):
     np.testing.assert_allclose(model.layers[0].moving_variance, x.var(0), rtol=1e-5)
     ```
     """
-    batches, count = batches_of(data, batch_size)
+    batches, count = batches_of(data, batch_size, model)
     if steps is None and count == math.inf:
         raise ValueError("The data have no end: say how many batches to use (steps=...).")
     if steps is not None:
@@ -83,10 +86,16 @@ def measure(model, layers, batches):
     first = next(batches, None)
     if first is None:
         raise ValueError("There is no batch in the data.")
-    statistics = {path: Statistic(layers[path]) for path in used_in_training(model, layers, first)}
+    calls = {path: flags for path, flags in calls_in_training(model, layers, first).items() if any(flags)}
+    statistics = {path: Statistic(layers[path]) for path in calls}
+    counts = collections.Counter[str]()
 
     def measuring(path, call):
         def measured(inputs, training=None, mask=None):
+            flags, index = calls[path], counts[path]
+            counts[path] += 1
+            if not (all(flags) or flags[index : index + 1] == [True]):
+                return call(inputs, training=False, mask=mask)
             statistics[path].add(inputs, mask)
             return call(inputs, training=True, mask=mask)
 
@@ -94,7 +103,14 @@ def measure(model, layers, batches):
 
     @tf.function(reduce_retracing=True)
     def step(x):
+        counts.clear()
         forward(model, x, training=False)
+        for path, flags in calls.items():
+            if not all(flags) and counts[path] != len(flags):
+                raise ValueError(
+                    f"{path!r} is called {len(flags)} times in training, {flags.count(False)} of these with "
+                    f"training=False, and {counts[path]} times in inference. Expected the same calls in both."
+                )
 
     with replaced_calls({path: layers[path] for path in statistics}, measuring):
         for x in itertools.chain([first], batches):
@@ -102,21 +118,20 @@ def measure(model, layers, batches):
     return {path: s for path, s in statistics.items() if np.any(s.count.numpy() > 0)}
 
 
-def used_in_training(model, layers, x):
-    """The paths of the layers that use batch statistics in training, by tracing a training call."""
-    found = {}
+def calls_in_training(model, layers, x):
+    """`path -> [whether it uses batch statistics]` of a layer's calls in training, in order, by tracing them."""
+    found = {path: [] for path in layers}
 
     def noting(path, call):
         def noted(inputs, training=None, mask=None):
-            if training is not False:  # None: nobody decided
-                found[path] = True
+            found[path].append(training is not False)  # None: nobody decided
             return call(inputs, training=training, mask=mask)
 
         return noted
 
     with replaced_calls(layers, noting):
         tf.function(lambda: forward(model, x, training=True)).get_concrete_function()
-    return [path for path in layers if path in found]
+    return found
 
 
 def forward(model, x, training):
@@ -207,7 +222,7 @@ def restored(variables):
             variable.assign(value)
 
 
-def batches_of(data, batch_size):
+def batches_of(data, batch_size, model):
     """An iterator over the x of every batch, and how many there are (None: unknown, inf: no end)."""
     if isinstance(data, tf.data.Dataset):
         count = int(data.cardinality())
@@ -216,7 +231,7 @@ def batches_of(data, batch_size):
     if isinstance(data, keras.utils.PyDataset):
         count = data.num_batches
         return (x_of(data[i]) for i in range(count)), count
-    if is_arrays(data):
+    if is_arrays(data) and not is_list_of_batches(data, model):
         x = keras.tree.map_structure(np.asarray, x_of(data))
         sizes = {len(a) for a in keras.tree.flatten(x)}
         if len(sizes) != 1:
@@ -232,6 +247,12 @@ def is_arrays(data):
     """Whether `data` is arrays, or a structure of them, and not an iterable of batches."""
     leaves = keras.tree.flatten(data)
     return all(leaf is None or hasattr(leaf, "shape") for leaf in leaves)
+
+
+def is_list_of_batches(data, model):
+    if not isinstance(data, list):
+        return False
+    return any(isinstance(item, tuple) for item in data) or len(data) > len(getattr(model, "inputs", None) or data) == 1
 
 
 def x_of(batch):

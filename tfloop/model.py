@@ -164,6 +164,29 @@ class Model(Adding, keras.Model):
         """`path -> tensor` of what the forward pass uses for every parametrised weight."""
         return weights.effective_weights(self)
 
+    def get_build_config(self):
+        """As in Keras, with what the model was parametrised with: a class's own `get_config` does not say it."""
+        config = super().get_build_config()
+        try:
+            parametrizations = weights.parametrization_config(self) if config else []
+        except ValueError as error:
+            warnings.warn(
+                f"A file of {self.name!r} does not say how it was parametrised: {error} Parametrise the loaded model "
+                "again, if its constructor does not.",
+                stacklevel=2,
+            )
+            return config
+        return {**config, "parametrizations": parametrizations} if parametrizations else config
+
+    def build_from_config(self, config):
+        """Builds the model, and parametrises it, as `get_build_config` says."""
+        config = dict(config or {})
+        parametrizations = config.pop("parametrizations", ())
+        super().build_from_config(config)
+        if parametrizations:
+            self.built = True  # as Keras says next: the weights are there, and a file's are read next
+            weights.restore_parametrizations(self, parametrizations)
+
     # One step.
 
     def train_step(self, data):

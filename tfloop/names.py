@@ -18,8 +18,11 @@ Layers = dict[int, str]
 HOLDERS = keras.Operation, dict, list, tuple  # what may be a layer, or hold some
 
 
-def children(layer):
-    """The layers and operations directly below `layer`, as a list of `(name, child)` in order."""
+def children(layer, terms=True):
+    """The layers and operations directly below `layer`, as a list of `(name, child)` in order.
+
+    `terms`: with those that only losses and metrics on symbolic tensors need, or as if there were none.
+    """
     found: dict[int, tuple[str, keras.Operation]] = {}
 
     def add(name, value):
@@ -34,23 +37,24 @@ def children(layer):
             for index, item in enumerate(value):
                 add(f"{name}/{index}", item)
 
-    for child in graph_operations(layer):
+    for child in graph_operations(layer, terms):
         add(child.name, child)
     for name, value in vars(layer).items():
         if isinstance(value, HOLDERS) and not _keras.is_bookkeeping(name):
             add(name, value)
     for child in _keras.tracked_layers(layer):  # tracked by a container that is no attribute
-        add(child.name, child)
+        if terms or child is not vars(layer).get("_with_terms"):
+            add(child.name, child)
     return list(found.values())
 
 
-def graph_operations(layer):
+def graph_operations(layer, terms=True):
     """The operations of a functional model or the layers of a Sequential one; else nothing."""
     if isinstance(layer, keras.Sequential):
         return list(layer.layers)
     if isinstance(layer, keras.Function):
         # A functional tfloop.Model with losses or metrics on symbolic tensors has a larger graph beside its own.
-        return list(getattr(layer, "_with_terms", layer).operations)
+        return list((getattr(layer, "_with_terms", layer) if terms else layer).operations)
     return []
 
 
@@ -72,24 +76,24 @@ def _walks():
 _local = threading.local()
 
 
-def walk(model):
-    """Yields `(path, operation)` for the model (path `""`) and everything below, owners first."""
+def walk(model, terms=True):
+    """Yields `(path, operation)` for the model (path `""`) and everything below, owners first. `terms` as above."""
     known = _walks()
-    if known is None:
-        return _walk(model)
+    if known is None or not terms:
+        return _walk(model, terms)
     if id(model) not in known:
         known[id(model)] = model, list(_walk(model))
     return iter(known[id(model)][1])
 
 
-def _walk(model):
+def _walk(model, terms=True):
     seen = {id(model)}
 
     def below(path, layer):
         yield path, layer
         if not isinstance(layer, keras.layers.Layer):
             return
-        for name, child in children(layer):
+        for name, child in children(layer, terms):
             if id(child) not in seen:
                 seen.add(id(child))
                 yield from below(join(path, name), child)

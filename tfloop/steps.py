@@ -70,8 +70,9 @@ class ModelSteps:
                 _keras.build(model, batch)
             elif model.optimizer is not None and not model.optimizer.built and model.trainable_variables:
                 model.optimizer.build(model.trainable_variables)
-        for average in model._averages:
-            average.build(model)
+        with model._trainable_as_compiled():
+            for average in model._averages:
+                average.build(model)
 
     def needs_batch(self, kind):
         """Whether variables are made by calling the model: what is run eagerly need not be traceable."""

@@ -105,6 +105,31 @@ def test_formulas():
     near("unit_norm", w / length)
 
 
+@pytest.mark.parametrize("kind", ["spectral_norm", "weight_norm", "weight_norm of all", "unit_norm", "max_norm"])
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e20, 1e30])
+def test_weights_whose_squares_are_no_float32(kind, scale):
+    """What does not depend on the scale is that of the weights without it, and the gradient that by the scale."""
+    w, g = rng().standard_normal((2, 5, 3)) * 3
+    found = {}
+    for factor in (1.0, scale):
+        parametrization = built(EACH[kind](), w.shape, "float32")
+        raw = (w * factor).astype("float32")
+        parametrization.assign_state(parametrization.warm_start(raw))
+        variable = tf.Variable(raw)
+        with tf.GradientTape() as tape:
+            effective = parametrization(variable)
+            loss = tf.reduce_sum(g * effective)
+        found[factor] = effective.numpy(), tape.gradient(loss, variable).numpy() * factor
+    if kind == "max_norm" and scale < 1:
+        found[1.0] = w * scale, g * scale
+    for got, expected in zip(found[scale], found[1.0], strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    if kind.startswith("weight_norm"):
+        start = built(EACH[kind](), w.shape, "float32").start((w * scale).astype("float32"))[1]["g"]
+        axis = None if kind.endswith("all") else 0
+        np.testing.assert_allclose(start, np.linalg.norm(w, axis=axis) * scale, rtol=1e-5)
+
+
 def test_weight_norm_trains_length_and_direction():
     layer = weights.Parametrized(layers.Dense(3), {"kernel": weights.WeightNorm()})
     layer.build((None, 5))
@@ -280,3 +305,55 @@ def test_a_parametrisation_of_ones_own():
     for _ in range(3):
         np.testing.assert_allclose(layer(x, training=True), plain(x), rtol=1e-6)
     assert next(v for v in layer.weights if v.name == "calls").numpy() == 3
+
+
+@keras.saving.register_keras_serializable("tests")
+class Scaled(weights.Parametrization):
+    """Says nothing of its arguments, nor does the next."""
+
+    def __init__(self, factor=1.0, shift=0.0):
+        super().__init__()
+        self.factor, self.shift = factor, shift
+
+    def call(self, raw):
+        return raw * self.factor + self.shift
+
+
+@keras.saving.register_keras_serializable("tests")
+class ScaledNorm(weights.UnitNorm):
+    def __init__(self, factor=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.factor = factor
+
+    def call(self, raw, training=False):
+        return super().call(raw) * self.factor
+
+
+@pytest.mark.parametrize(
+    ("made", "oracle"),
+    [
+        (lambda: Scaled(3.0, shift=2.0), lambda raw: raw * 3 + 2),
+        (lambda: ScaledNorm(3.0, axis=1), lambda raw: 3 * raw / np.linalg.norm(raw, axis=1, keepdims=True)),
+    ],
+)
+def test_arguments_are_kept_without_a_get_config(made, oracle, tmp_path):
+    model = keras.Sequential([keras.Input((4,)), weights.Parametrized(layers.Dense(2), {"kernel": made()})])
+    model.save(tmp_path / "model.keras")
+    for each in (model, keras.saving.load_model(tmp_path / "model.keras")):
+        (layer,) = each.layers
+        expected = oracle(layer.layer.kernel.numpy())
+        np.testing.assert_allclose(layer.effective_weights()["kernel"], expected, rtol=1e-5)
+
+
+def test_arguments_that_cannot_be_copied_or_kept_say_so():
+    class Positional(weights.Parametrization):
+        def __init__(self, *factors):
+            super().__init__()
+
+    assert Scaled(np.ones(2)).fresh().factor.shape == (2,)
+    with pytest.raises(ValueError, match=r"Scaled was made with .* define get_config"):
+        Scaled(np.ones(2)).get_config()
+    with pytest.raises(TypeError, match=r"Scaled was made with a layer or a variable.* define get_config"):
+        Scaled(keras.Variable(1.0)).fresh()
+    with pytest.raises(ValueError, match=r"Positional.__init__ has arguments without a name"):
+        Positional(1.0).get_config()

@@ -7,6 +7,7 @@ import tensorflow as tf
 from keras import layers, ops
 
 from tfloop import weights
+from tfloop.model import Model
 from tfloop.step import Step, running
 
 
@@ -86,6 +87,38 @@ def test_a_frozen_weight_is_normalised_and_does_not_move_u(freeze):
     assert not moved(layer, before)
     weights.warm_start(layer)
     np.testing.assert_allclose(np.linalg.norm(layer(np.eye(4)), 2), 1.0, rtol=1e-2)
+
+
+def test_trained_state_is_frozen_and_thawed_with_its_weight():
+    wrapper = weights.Parametrized(layers.Dense(3, use_bias=False), {"kernel": weights.WeightNorm()})
+    wrapper.build((None, 4))
+    alone = layers.Dense(3, use_bias=False)
+    alone.build((None, 4))
+    weights.parametrize(alone, "kernel", "weight_norm")
+    for layer, kernel in ((wrapper, wrapper.layer.kernel), (alone, alone.kernel)):
+        for frozen in (kernel, getattr(layer, "layer", layer), layer):
+            frozen.trainable = False
+            assert layer.trainable_weights == []
+            frozen.trainable = True
+            assert [v.name for v in layer.trainable_weights] == ["kernel", "g"]
+
+
+def test_trained_state_of_a_network_in_two_models_is_trained_as_compiled():
+    critic = Model(x := keras.Input((4,)), layers.Dense(1)(x))
+    critic.parametrize("*/kernel", "weight_norm")
+    critic.compile("sgd", "mse")
+    critic.trainable = False
+    generator = Model(z := keras.Input((2,)), critic(layers.Dense(4)(z)))
+    generator.compile("sgd", "mse")
+    state = critic.layers[1].kernel_weight_norm.g
+    for model, x, trained in (
+        (generator, data(8, 2), False),
+        (critic, data(8, 4), True),
+        (generator, data(8, 2), False),
+    ):
+        before = state.numpy()
+        model.fit(x, np.ones((8, 1)), verbose=0)
+        assert np.any(state.numpy() != before) == trained and critic.trainable_weights == []
 
 
 @pytest.mark.parametrize(
@@ -320,6 +353,48 @@ def test_a_branch_and_then_the_same_layer_outside():
     for flag in (True, False):
         inside, outside = step(tf.constant(flag))
         np.testing.assert_allclose(inside, outside, rtol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda call, n: tf.cond(n > 0, call, lambda: 0.0),
+        lambda call, n: tf.while_loop(lambda i, _: i < n, lambda i, _: (i + 1, call()), (0, 0.0))[1],
+        lambda call, n: tf.cond(n > 0, lambda: tf.cond(n > 1, call, lambda: 1.0), call),
+    ],
+    ids=["branch", "loop", "branches"],
+)
+def test_state_moves_once_a_step_whichever_branch_is_taken(inner, compiled):
+    layer, x = counted(layers.Dense(3)), data(2, 4)
+    layer.build((None, 4))
+    call = lambda: tf.reduce_sum(layer(x, training=True))
+
+    @tf.function(jit_compile=compiled)
+    def chunk(n):
+        def body(i, _):
+            with running(Step()):
+                return i + 1, inner(call, n) + call()
+
+        return tf.while_loop(lambda i, _: i < 2, body, (0, 0.0))
+
+    for steps, n in enumerate([0, 1, 2], start=1):
+        chunk(tf.constant(n))
+        assert moves(layer) == [2 * steps]
+
+
+def test_a_move_in_a_function_counts_there_only():
+    layer, x = counted(layers.Dense(3)), data(2, 4)
+    layer.build((None, 4))
+    inner = tf.function(lambda: layer(x, training=True) + layer(2 * x, training=True))
+
+    @tf.function
+    def step(flag):
+        with running(Step()):
+            return tf.cond(flag, inner, lambda: tf.zeros((2, 3))) + layer(x, training=True)
+
+    step(tf.constant(False))
+    assert moves(layer) == [1]
 
 
 def test_a_function_inside_a_function():

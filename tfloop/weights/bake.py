@@ -1,10 +1,13 @@
 """Baking: a plain Keras model that has the effective weights as its weights."""
 
+import warnings
+
 import keras
 
-from tfloop import _keras
+from tfloop import _keras, names
 from tfloop.weights.effective import detach, is_parametrized, owned_weights
 from tfloop.weights.forward import effective_value
+from tfloop.weights.parametrize import forget, parametrized
 
 WRAPPERS = ("tfloop>Parametrized", "tfloop>SpectralNormalization")
 FUNCTIONAL = {
@@ -25,6 +28,10 @@ def bake(model):
     Returns a new model that is not compiled: wrappers are gone, a functional `tfloop.Model` is a
     `keras.Model`, and each parametrised weight has its effective value. Its file can be loaded where tfloop
     is not installed, if the layers of your own that it holds can.
+
+    What a subclassed model's own constructor wraps or parametrises is plain in the result, but not in what its
+    constructor makes again, as when its file is loaded: that is warned of. Save its weights, and load them into a
+    class without parametrisations.
 
     Raises `ValueError` if the model is not built, and what Keras raises if the model cannot be made from its
     config (a subclassed model needs `get_config`).
@@ -53,8 +60,8 @@ def plain(config):
     if config.get("registered_name") in WRAPPERS:
         return unwrapped(config)
     config = {key: plain(item) for key, item in config.items() if key != "compile_config"}
-    if "input_layers" in config:  # the config of a functional model
-        config.pop("parametrizations", None)
+    for part in (config if "input_layers" in config else {}, config.get("build_config") or {}):
+        part.pop("parametrizations", None)  # of a functional model, of one of a class of its own
     if is_ours(config):
         kept = {key: config["config"][key] for key in FUNCTIONAL_KEYS if key in config["config"]}
         return {**config, **FUNCTIONAL, "config": kept}
@@ -66,7 +73,7 @@ def unwrapped(entry):
     layer = plain(entry["config"]["layer"])
     place = {key: entry[key] for key in ("name", "inbound_nodes") if key in entry}
     name = entry["config"]["name"]
-    return {**layer, **place, "config": {**layer["config"], "name": name}}
+    return {**layer, **place, "config": {**layer["config"], **({"name": name} if "name" in layer["config"] else {})}}
 
 
 def is_ours(config):
@@ -75,12 +82,26 @@ def is_ours(config):
 
 
 def copy_weights(model, baked):
-    """Gives the baked model the effective weights, and takes from it what it parametrised by itself."""
-    for owner, variable in owned_weights(baked).values():
-        if is_parametrized(variable):
-            detach(owner, variable)
-    targets = [variable for _, variable in owned_weights(baked).values()]
-    for (path, (_, source)), target in zip(owned_weights(model).items(), targets, strict=True):
+    """Gives the baked model the effective weights, and takes from it what it parametrised by itself.
+
+    By position: what a constructor makes may have other names. Layers that only losses and metrics need are not in it.
+    """
+    own = parametrized(baked)
+    if own:
+        warnings.warn(
+            f"bake({model.name!r}): constructors of its layers parametrise {names.listing(own)} anew. The baked model "
+            "has the same outputs, but a file of it would be loaded with these parametrisations, and others: save its "
+            "weights, for a class without them.",
+            stacklevel=3,
+        )
+    detach(baked)
+    for _, layer in names.walk(baked):
+        forget(layer)
+    sources = owned_weights(model, terms=False)
+    targets = [variable for _, variable in owned_weights(baked, terms=False).values()]
+    if len(sources) != len(targets):
+        raise ValueError(f"bake({model.name!r}): it has {len(sources)} weights, a copy from its config {len(targets)}.")
+    for (path, (_, source)), target in zip(sources.items(), targets, strict=True):
         if source.shape != target.shape:
             raise ValueError(f"bake: {path!r} has shape {source.shape}, in the copy {target.shape}.")
         target.assign(effective_value(source) if is_parametrized(source) else source)

@@ -4,6 +4,8 @@ A variable has a regulariser, a constraint and, here, a list of parametrisations
 regularisers, constraints and files read and write the raw weight; only a running layer sees the effective one.
 """
 
+import functools
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -28,13 +30,29 @@ class ParametrizedVariable(keras.Variable):
             return super().value
         return _keras.autocast(self, forward.effective(self))
 
+    @property
+    def trainable(self):
+        return super().trainable
+
+    @trainable.setter
+    def trainable(self, value):
+        """The state of a weight is trained, and moves, if the weight does."""
+        keras.Variable.trainable.fset(self, value)
+        for parametrization in self.parametrizations:
+            parametrization.trainable = value
+
 
 def is_parametrized(variable):
     return isinstance(variable, ParametrizedVariable)
 
 
 def attach(owner, variable, parametrizations, path, holder=None):
-    """Gives a variable further parametrisations, applied after those that it has.
+    """Gives a variable further parametrisations, applied after those that it has: `Attachment(...).finish()`."""
+    Attachment(owner, variable, parametrizations, path, holder).finish()
+
+
+class Attachment:
+    """Further parametrisations for a variable, made for it and tried, but not given to it before `finish()`.
 
     Args:
         owner: the layer to which the variable belongs.
@@ -45,19 +63,46 @@ def attach(owner, variable, parametrizations, path, holder=None):
             wrapper, which leaves the weights of what it wraps as they are, or by default the owner, so that
             state is trained, frozen and saved with the weight.
     """
-    check(variable, path)
-    old, new = list(getattr(variable, "parametrizations", ())), [p.fresh() for p in parametrizations]
-    for parametrization in new:
-        parametrization.dtype_policy = compute_dtype(variable.dtype)
-        parametrization.bind(owner, variable)
-        parametrization.build(tuple(variable.shape))
-        parametrization.trainable = variable.trainable
-    _keras.when_initialized(variable, lambda: begin(variable, old, new, path))
-    for parametrization in new:
-        hold(holder or owner, parametrization, variable.name if holder is None else path.replace("/", "_"))
-    variable.parametrizations = [*old, *new]
-    variable.__class__ = ParametrizedVariable
-    enter_at(owner)
+
+    def __init__(self, owner, variable, parametrizations, path, holder=None):
+        check(owner, variable, path)
+        self._owner, self._variable, self._path, self._holder = owner, variable, path, holder
+        self._old, self._new = list(getattr(variable, "parametrizations", ())), [p.fresh() for p in parametrizations]
+        for parametrization in self._new:
+            parametrization.dtype_policy = compute_dtype(variable.dtype)
+            parametrization.bind(owner, variable)
+            parametrization.build(tuple(variable.shape))
+            parametrization.trainable = variable.trainable
+        self._raw = None
+        if _keras.is_initialized(variable):
+            self._start()
+
+    def _start(self):
+        """Sets the state so that the effective weight is what it was, where that can be, and finds the raw weight."""
+        with tf.init_scope():
+            stored = numpy_value(self._variable, self._old)
+            check_shape(stored, self._new, self._path)
+            self._raw = stored, begin_at(stored, self._new)
+
+    def finish(self):
+        variable = self._variable
+        _keras.when_initialized(variable, self._set_raw)
+        for parametrization in self._new:
+            prefix = variable.name if self._holder is None else self._path.replace("/", "_")
+            hold(self._holder or self._owner, parametrization, prefix)
+        variable.parametrizations = [*self._old, *self._new]
+        variable.__class__ = ParametrizedVariable
+        enter_at(self._owner)
+        refuse_while_parametrized(self._owner, "quantize", NotImplementedError)  # which `Model.quantize` warns of
+        refuse_while_parametrized(self._owner, "enable_lora", ValueError)
+
+    def _set_raw(self):
+        if self._raw is None:
+            self._start()
+        stored, raw = self._raw
+        if raw is not stored:
+            with tf.init_scope():
+                self._variable.assign(begin_at(raw, self._old))
 
 
 def hold(holder, parametrization, prefix):
@@ -66,24 +111,38 @@ def hold(holder, parametrization, prefix):
         setattr(holder, free_name(holder, f"{prefix}_{parametrization.kind}"), parametrization)
 
 
-def detach(owner, variable):
-    """Makes a parametrised variable a plain one again; the raw weight stays."""
-    for name, value in list(vars(owner).items()):
-        if any(value is p for p in variable.parametrizations):
-            _keras.untrack(owner, value)
-            delattr(owner, name)
-    del variable.parametrizations
-    variable.__class__ = keras.Variable
+def refuse_while_parametrized(owner, method, error):
+    """Lets a method that would write the effective weight over the raw one, or beside it, raise an error."""
+    original = getattr(owner, method, None)
+    if original is None or hasattr(original, "refuses_parametrized"):
+        return
+
+    @functools.wraps(original)
+    def refusing(*args, **kwargs):
+        found = [v.name for v in names.own_weights(owner) if is_parametrized(v)]
+        if found:
+            raise error(
+                f"{method}: {names.listing(found)} of {owner.name!r} is parametrised. Call it on the layer of the "
+                "plain model that tfloop.bake(model) gives."
+            )
+        return original(*args, **kwargs)
+
+    refusing.__dict__["refuses_parametrized"] = True
+    vars(owner)[method] = refusing
 
 
-def begin(variable, old, new, path):
-    """Sets raw weight and state so that the effective weight is what it was, where that can be."""
-    with tf.init_scope():
-        stored = numpy_value(variable, old)
-        check_shape(stored, new, path)
-        raw = begin_at(stored, new)
-        if raw is not stored:
-            variable.assign(begin_at(raw, old))
+def detach(model):
+    """Makes the parametrised weights below a model plain ones again; the raw weights stay."""
+    variables = parametrized_weights(model).values()
+    states = {id(p) for variable in variables for p in variable.parametrizations}
+    for _, layer in list(names.walk(model)):
+        for name, value in list(vars(layer).items()):
+            if id(value) in states:
+                _keras.untrack(layer, value)
+                delattr(layer, name)
+    for variable in variables:
+        del variable.parametrizations
+        variable.__class__ = keras.Variable
 
 
 def begin_at(weight, parametrizations):
@@ -109,11 +168,16 @@ def numpy_value(variable, parametrizations):
     return value.astype(np.promote_types(value.dtype if value.dtype.kind == "f" else "f4", "f4"), copy=False)
 
 
-def check(variable, path):
+def check(owner, variable, path):
     if not keras.backend.is_float_dtype(variable.dtype):
         raise TypeError(f"{path!r} has dtype {variable.dtype}: only a weight of a floating dtype can be parametrised.")
     if type(variable) not in (keras.Variable, ParametrizedVariable):
         raise TypeError(f"{path!r} is a {type(variable).__name__}, which reads its value in its own way.")
+    if getattr(owner, "lora_enabled", False):
+        raise ValueError(
+            f"{path!r}: {owner.name!r} has LoRA enabled, which adds to its kernel when used and when saved. "
+            "Expected a layer without: make the layer anew with the merged kernel, and parametrise that."
+        )
 
 
 def check_shape(weight, parametrizations, path):
@@ -136,15 +200,15 @@ def free_name(layer, name):
     return candidate
 
 
-def owned_weights(model):
-    """`path -> (owner, variable)` for every weight below a model or layer that is no parametrisation's."""
+def owned_weights(model, terms=True):
+    """`path -> (owner, variable)` for every weight below a model or layer that is no parametrisation's.
+
+    `terms`: with those of layers that only losses and metrics need.
+    """
     paths = {id(v): path for path, v in names.weight_names(model).items()}
-    return {
-        paths[id(v)]: (owner, v)
-        for _, owner in names.walk(model)
-        if not isinstance(owner, Parametrization)
-        for v in names.own_weights(owner)
-    }
+    below = list(names.walk(model, terms))
+    states = {id(s) for _, layer in below if isinstance(layer, Parametrization) for _, s in names.walk(layer)}
+    return {paths[id(v)]: (owner, v) for _, owner in below if id(owner) not in states for v in names.own_weights(owner)}
 
 
 def parametrized_weights(model):

@@ -12,7 +12,7 @@ import threading
 import tensorflow as tf
 
 from tfloop import _keras
-from tfloop.step import current_step
+from tfloop.step import ancestry, current_graph, current_step
 
 _local = threading.local()
 
@@ -35,6 +35,10 @@ class ForwardPass:
         graph = self._home()
         key = (id(variable), graph, training if isinstance(training, bool) else id(training))
         if key not in self._values:
+            outside = outside_branches(graph)
+            if training is True and outside is not graph:
+                with within(outside):  # state moves once a step, whether this branch is taken or not
+                    effective_value(variable, training)
             with within(graph):
                 self._values[key] = effective_value(variable, training)
         return self._values[key]
@@ -123,16 +127,12 @@ def enter_at(layer):
     layer.__dict__["call"] = call
 
 
-def current_graph():
-    """The graph being built, or `None` where operations run eagerly."""
-    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-
-
-def ancestry(graph):
-    """The graph and those around it, innermost first."""
-    while graph is not None:
-        yield graph
-        graph = getattr(graph, "outer_graph", None)
+def outside_branches(graph):
+    """The graph around the conditionals and loops of the step that lead to this one."""
+    step = current_step()
+    while step is not None and graph is not step.graph and _keras.is_branch(graph):
+        graph = graph.outer_graph
+    return graph
 
 
 def within(graph):

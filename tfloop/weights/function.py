@@ -32,7 +32,7 @@ class Function(Parametrization):
         return self.fn(raw)
 
     def fresh(self):
-        return Function(self.fn)
+        return self._make()
 
     @property
     def kind(self):

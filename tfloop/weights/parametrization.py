@@ -5,6 +5,8 @@ with, so the gradient passes through the map. A parametrisation may have state o
 is saved with the layer that has the weight.
 """
 
+import functools
+import inspect
 import re
 
 import keras
@@ -13,13 +15,16 @@ import tensorflow as tf
 from tfloop import _keras
 from tfloop.step import current_step
 
+PLAIN = str, int, float, bool, type(None)
+
 
 class Parametrization(keras.layers.Layer):
     """Base class of the maps from a raw weight to an effective weight.
 
     A subclass overrides `call`, and `build` if it has state. Given to a layer, an instance is a pattern:
-    each weight gets a copy with state of its own. Register the class with
-    `keras.saving.register_keras_serializable` so that files restore it.
+    each weight gets a copy with state of its own, made with the same arguments. Register the class with
+    `keras.saving.register_keras_serializable` so that files restore it; `get_config` is needed where an argument of
+    `__init__` is no number, string, bool or `None`.
 
     `call(raw, training=False)`: `raw` is a tensor of float32 (float64 if the variable is), in the shape of
     the variable; the result has that shape. `training` is true in a training step, if the weight is
@@ -38,6 +43,18 @@ class Parametrization(keras.layers.Layer):
     assert layer(np.ones((1, 3), "float32")).numpy().min() > 0
     ```
     """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls) and not {"get_config", "from_config"} & set(vars(cls)):
+            # What a base class says of its arguments does not hold for those of this one.
+            for name in ("get_config", "from_config"):
+                setattr(cls, name, vars(Parametrization)[name])
+
+    def __new__(cls, *args, **kwargs):
+        made = super().__new__(cls, *args, **kwargs)
+        made.__dict__["_make"] = functools.partial(cls, *args, **kwargs)
+        return made
 
     def __init__(self):
         super().__init__(dtype="float32", autocast=False)
@@ -70,16 +87,37 @@ class Parametrization(keras.layers.Layer):
         return {}
 
     def get_config(self):
-        """The arguments of `__init__`."""
-        return {}
+        """The arguments of `__init__`, by default as they were given.
+
+        Raises `ValueError` if one is nothing that a file can hold as it is.
+        """
+        given = arguments(self)
+        if not all(isinstance(leaf, PLAIN) for leaf in keras.tree.flatten(given)):
+            raise ValueError(
+                f"{type(self).__name__} was made with {given}, which a file cannot hold as it is: define get_config "
+                "(and from_config), as for a Keras layer."
+            )
+        return given
 
     @classmethod
     def from_config(cls, config):
         return cls(**config)
 
     def fresh(self):
-        """A copy without state."""
-        return type(self).from_config(self.get_config())
+        """A copy without state.
+
+        Raises `TypeError` if it was made with a layer or a variable, which the copies would share, and its class has
+        no `get_config` that says how to make them.
+        """
+        if type(self).get_config is not Parametrization.get_config:
+            return type(self).from_config(self.get_config())
+        given = keras.tree.flatten(arguments(self))
+        if any(isinstance(leaf, keras.Operation | keras.Variable | tf.Variable) for leaf in given):
+            raise TypeError(
+                f"{type(self).__name__} was made with a layer or a variable, which all weights would share: define "
+                "get_config and from_config, which make one for each, or make it in `build`."
+            )
+        return self._make()
 
     @property
     def kind(self):
@@ -114,16 +152,31 @@ class Parametrization(keras.layers.Layer):
 
     def once_a_step(self, move):
         """Calls `move()`, which changes the state, unless it was called before in this tfloop step."""
-
-        def moved():
-            move()  # what it returns may belong to an inner graph, and is not kept
-            return True
-
         step = current_step()
         if step is None or _keras.in_stateless_scope():
             move()
         else:
-            step.once((id(self), "state"), moved)
+            step.once((id(self), "state"), move)
+
+
+def arguments(parametrization):
+    """`name -> value` of what its `__init__` was called with. Raises `ValueError` for an argument without a name."""
+    make = parametrization._make
+    signature = inspect.signature(make.func.__init__)
+    given = signature.bind(parametrization, *make.args, **make.keywords)
+    given.apply_defaults()
+    named = dict(list(given.arguments.items())[1:])
+    for parameter in list(signature.parameters.values())[1:]:
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(parameter.name)
+        elif parameter.kind is parameter.VAR_POSITIONAL and not named[parameter.name]:
+            del named[parameter.name]
+        elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
+            raise ValueError(
+                f"{type(parametrization).__name__}.__init__ has arguments without a name: define get_config and "
+                "from_config, as for a Keras layer."
+            )
+    return named
 
 
 def reduced(shape, axis):
@@ -137,9 +190,11 @@ def reduced(shape, axis):
 
 def norm(x, axes):
     """Euclidean norm over the axes, kept as dimensions of size one. At zero its gradient is zero, not NaN."""
-    squares = tf.reduce_sum(x * x, axes, keepdims=True)
-    zero = tf.equal(squares, 0)
-    return tf.where(zero, tf.zeros_like(squares), tf.sqrt(tf.where(zero, tf.ones_like(squares), squares)))
+    largest = tf.stop_gradient(tf.reduce_max(tf.abs(x), axes, keepdims=True))
+    zero = tf.equal(largest, 0)
+    scale = tf.where(zero, tf.ones_like(largest), largest)  # the squares of large and small numbers are none
+    squares = tf.reduce_sum(tf.square(x / scale), axes, keepdims=True)
+    return tf.where(zero, tf.zeros_like(squares), scale * tf.sqrt(tf.where(zero, tf.ones_like(squares), squares)))
 
 
 def divided(x, by):

@@ -3,13 +3,14 @@
 import contextlib
 import fnmatch
 import functools
+import json
 
 import keras
 import tensorflow as tf
 
 from tfloop import _keras, names
 from tfloop.weights.catalogue import get_list
-from tfloop.weights.effective import attach, owned_weights, parametrized_weights, warm_start_variable
+from tfloop.weights.effective import Attachment, owned_weights, parametrized_weights, warm_start_variable
 from tfloop.weights.forward import effective_value, enter_at
 
 
@@ -28,14 +29,40 @@ def parametrize(model, pattern, parametrization):
     has trainable state.
 
     Raises `ValueError` when nothing matches (on a model that is not built: when it is), with the weights
-    there are, and what the parametrisation raises.
+    there are, `TypeError` for a pattern that is no string, and what the parametrisation raises. The model
+    is then what it was.
     """
-    parametrizations = get_list(parametrization)
-    note(model, pattern, parametrizations)
-    if model.built:
-        return apply(model, pattern, parametrizations)
-    apply_at_build(model, pattern, parametrizations)
-    return []
+    if not isinstance(pattern, str):
+        raise TypeError(f"parametrize({pattern!r}): expected one pattern, a string. Call it once for each.")
+    given, entry = given_to(model), (pattern, tuple(get_list(parametrization)))
+    if not model.built:
+        if not given.waiting:
+            apply_once_built(model)
+        given.waiting.append(entry)
+        return []
+    apply_waiting(model)
+    found = apply(model, *entry)
+    given.applied.append(entry)
+    return found
+
+
+class Given:
+    """What a model was parametrised with, in order, as `(pattern, parametrisations)`; `waiting` until it has weights.
+
+    No list in the model itself: what lies in its attributes are its layers.
+    """
+
+    def __init__(self):
+        self.applied, self.waiting = [], []
+
+
+def given_to(model):
+    return vars(model).setdefault("_tfloop_parametrizations", Given())
+
+
+def forget(model):
+    """Lets `parametrization_config` know nothing of what the model was parametrised with."""
+    vars(model).pop("_tfloop_parametrizations", None)
 
 
 def apply(model, pattern, parametrizations):
@@ -46,9 +73,10 @@ def apply(model, pattern, parametrizations):
             f"parametrize({pattern!r}): no weight matches. {names.nearest(pattern, weights)} "
             f"The weights are {names.listing(weights)}."
         )
-    for path in found:
-        owner, variable = weights[path]
-        attach(owner, variable, parametrizations, path)
+    targets = [(path, *weights[path]) for path in found]
+    attachments = [Attachment(owner, variable, parametrizations, path) for path, owner, variable in targets]
+    for attachment in attachments:
+        attachment.finish()
     enter_above(model, [weights[path][1] for path in found])
     return found
 
@@ -66,33 +94,43 @@ def enter_above(model, variables):
             enter_at(layer)
 
 
-def apply_at_build(model, pattern, parametrizations):
-    """Applies when the model is built, once."""
-    original = model.build
+def apply_waiting(model):
+    """Applies what waited for the model's weights. What fails goes on waiting, so that no call passes it over."""
+    given = given_to(model)
+    with outside_graph():
+        while given.waiting:
+            apply(model, *given.waiting[0])
+            given.applied.append(given.waiting.pop(0))
+
+
+def apply_once_built(model):
+    """Lets `apply_waiting` follow all that makes weights. `build` does, and Keras' own `build_from_config`, which does
+    not call it; and where neither is called, because no symbolic call is possible, the first call."""
+    given, original = given_to(model), model.call
+
+    def followed(make):
+        @functools.wraps(make)
+        def made(*args, **kwargs):
+            with outside_graph():
+                make(*args, **kwargs)
+            apply_waiting(model)
+
+        return made
 
     @functools.wraps(original)
-    def build(*args, **kwargs):
-        with outside_graph():
-            original(*args, **kwargs)
-            if vars(model).get("build") is build:
-                vars(model)["build"] = original
-            if waiting:
-                waiting.clear()
-                apply(model, pattern, parametrizations)
+    def call(*args, **kwargs):
+        if given.waiting and not _keras.in_stateless_scope():
+            if not model.built:
+                original(*args, **kwargs)  # makes the weights
+            apply_waiting(model)
+        return original(*args, **kwargs)
 
-    waiting = [pattern]
-    vars(model)["build"] = build
+    vars(model).update(build=followed(model.build), build_from_config=followed(model.build_from_config), call=call)
 
 
 def outside_graph():
     """Where variables can be made and read: outside the `tf.function` being traced, if one is."""
     return contextlib.nullcontext() if _keras.in_stateless_scope() else tf.init_scope()
-
-
-def note(model, pattern, parametrizations):
-    """Keeps in the model what it was parametrised with, for `parametrization_config`."""
-    noted = vars(model).setdefault("_tfloop_parametrizations", ())
-    vars(model)["_tfloop_parametrizations"] = (*noted, (pattern, tuple(parametrizations)))
 
 
 def parametrization_config(model):
@@ -105,15 +143,26 @@ def parametrization_config(model):
             "pattern": pattern,
             "parametrization": [keras.saving.serialize_keras_object(p) for p in parametrizations],
         }
-        for pattern, parametrizations in vars(model).get("_tfloop_parametrizations", ())
+        for pattern, parametrizations in (*given_to(model).applied, *given_to(model).waiting)
     ]
 
 
 def restore_parametrizations(model, config):
-    """Does again what `parametrization_config` says, on a model made from the same config."""
+    """Does what `parametrization_config` says on a model made from the same config, but for what its constructor did
+    already."""
+    done = [described(entry) for entry in parametrization_config(model)] if config else []
     for entry in config or ():
+        if described(entry) in done:
+            done.remove(described(entry))
+            continue
         deserialized = [keras.saving.deserialize_keras_object(c) for c in entry["parametrization"]]
         parametrize(model, entry["pattern"], deserialized)
+
+
+def described(entry):
+    """An entry of `parametrization_config` as a file has it, without what differs from file to file."""
+    chain = [(c["registered_name"], c["class_name"], c["config"]) for c in entry["parametrization"]]
+    return json.dumps([entry["pattern"], chain], sort_keys=True, default=str)
 
 
 def effective_weights(model):
@@ -121,7 +170,15 @@ def effective_weights(model):
 
     In the dtype of the variable; no state is moved.
     """
-    return {path: effective_value(variable) for path, variable in parametrized_weights(model).items()}
+    return {path: effective_value(variable) for path, variable in parametrized(model).items()}
+
+
+def parametrized(model):
+    """`path -> variable` for the parametrised weights below a model, of which some may have waited until now."""
+    for _, layer in list(names.walk(model)):
+        if "_tfloop_parametrizations" in vars(layer) and layer.built:
+            apply_waiting(layer)
+    return parametrized_weights(model)
 
 
 def warm_start(model):
@@ -138,5 +195,5 @@ def warm_start(model):
     np.testing.assert_allclose(np.linalg.norm(layer.effective_weights()["kernel"], 2), 1.0, rtol=1e-3)
     ```
     """
-    for variable in parametrized_weights(model).values():
+    for variable in parametrized(model).values():
         warm_start_variable(variable)

@@ -40,7 +40,8 @@ class WeightNorm(Parametrization):
         return g * divided(raw, norm(raw, self._axes))
 
     def start(self, weight):
-        return weight, {"g": np.sqrt(np.sum(np.square(weight), axis=tuple(self._axes)))}
+        squares = np.square(weight, dtype="float64")
+        return weight, {"g": np.sqrt(np.sum(squares, axis=tuple(self._axes)))}
 
     def get_config(self):
         return {"output_axis": self.output_axis}

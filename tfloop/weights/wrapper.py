@@ -110,15 +110,15 @@ class Parametrized(keras.layers.Wrapper):
     def _attach(self):
         if self._attached:
             return
-        self._attached = True
         weights = owned_weights(self.layer)
         if not weights:
             raise ValueError(f"{self.layer.name!r} ({type(self.layer).__name__}) has no weights to parametrise.")
-        targets = self._targets(weights)
+        targets = list(self._targets(weights))
         for path, given in targets:
             owner, variable = weights[path]
             attach(owner, variable, given, path, holder=self)
         enter_above(self.layer, [weights[path][1] for path, _ in targets])
+        self._attached = True
 
     def _targets(self, weights):
         """Pairs of a path and its parametrisations."""
