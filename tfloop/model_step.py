@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tfloop import _keras, names, terms
 from tfloop.loop.record import Column, Result
-from tfloop.row import NameBook, combined, flat_logs, is_numeric, reader, results_of, scalar
+from tfloop.row import NameBook, combined, flat_logs, is_numeric, own_key, reader, results_of, scalar
 from tfloop.step import Step, current_step
 from tfloop.tensors import Lazy, MissingTensor, Recorder, Tensors, current_graph, flatten, recording
 
@@ -278,6 +278,8 @@ class ModelStep(Step):
                 yield name, (Result(name, reader(metric, path)), self._own_value(metric))
             elif metric is not None:
                 self._returned.append(metric)
+                if name == own_key(metric, path):  # updated since, it may be: Keras reads those again, by name
+                    value = reader(metric, path)()
                 yield name, (Column(name, "running"), (scalar(value, "mean", name), self._own_value(metric)))
             else:
                 yield name, (Column(name), scalar(value, "mean", name))

@@ -117,7 +117,12 @@ def is_numeric(tensor):
 
 def results_of(metric):
     """`(name, function that reads the value)` of a metric object; one of each key where it gives a dict."""
-    return [(path[-1] if path else metric.name, reader(metric, path)) for path, _ in _keras.leaves(metric.result())]
+    return [(own_key(metric, path), reader(metric, path)) for path, _ in _keras.leaves(metric.result())]
+
+
+def own_key(metric, path):
+    """The name of a metric object's result, or of what lies at `path` in it."""
+    return path[-1] if path else metric.name
 
 
 def reader(metric, path):
