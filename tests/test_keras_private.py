@@ -51,6 +51,17 @@ def test_bookkeeping_attributes_hide_no_layer_and_show_no_other():
         assert list(names.layer_names(model).values()) == ["d"]
 
 
+def test_compiled_metric_names_and_output_losses():
+    model = compiled(metrics=[["mse", "mae"], ["mse"]])
+    assert _keras.compiled_metric_names(model) == ()
+    data = np.ones((2, 3)), [np.ones((2, 1)), np.ones((2, 1))]
+    logs = model.evaluate(*data, verbose=0, return_dict=True)
+    losses = [m.name for m in _keras.compiled_output_losses(model)]
+    assert losses == ["a_loss", "b_loss"]
+    assert set(_keras.compiled_metric_names(model)) == {"a_mse", "a_mae", "b_mse"} == set(logs) - {"loss", *losses}
+    assert _keras.compiled_metric_names(keras.Sequential()) == ()
+
+
 def test_tracked_layers_and_own_metrics():
     class Holder(layers.Layer):
         def __init__(self):

@@ -358,6 +358,82 @@ def test_a_named_loss_with_a_name_of_the_log_s_own_gives_way(name):
     assert sorted(v for n, v in logs.items() if n.endswith(f"/{name}")) == pytest.approx([9.0])
 
 
+def test_a_named_loss_with_the_name_of_a_compiled_metric_gives_way():
+    model = functional()
+    model.add_loss(lambda t: 5.0 + 0.0 * ops.mean(t["y_pred"]), name="mse")
+    expected = {"loss": 9.5, "compiled_loss": 4.5, "model/mse": 5.0, "mse": 28.5}
+    logs = fit(compiled(model, metrics=["mse"]), validation_data=(X, ZEROS))
+    assert_logs(logs, **expected, **{f"val_{n}": v for n, v in expected.items()})
+
+
+def test_a_named_loss_with_the_name_of_a_compiled_metric_of_one_output_gives_way():
+    inputs = keras.Input((1,))
+    outputs = [layers.Dense(1, use_bias=False, kernel_initializer="ones", name=n)(inputs) for n in "ab"]
+    model = tfloop.Model(inputs, outputs, name="model")
+    model.add_loss(lambda t: 5.0 + 0.0 * ops.mean(t["a"]), name="a_mse")
+    model.compile(keras.optimizers.SGD(0.0), ["mae", "mae"], metrics=[["mse"], ["mse"]])
+    logs = model.evaluate(X, [ZEROS, ZEROS], batch_size=4, verbose=0, return_dict=True)
+    parts = {"loss": 14.0, "a_loss": 4.5, "b_loss": 4.5, "model/a_mse": 5.0}
+    assert logs == pytest.approx({**parts, "a_mse": 28.5, "b_mse": 28.5}, rel=1e-6)
+
+
+def own_compute_loss(mode=None):
+    class Own(Calling):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            return ops.mean(ops.abs(y_pred - y)) + sum(self.losses)
+
+    def call(model, x, training):
+        model.add_loss(2 * ops.mean(x), name="named")
+
+    model = Own(call)
+    model.compile(keras.optimizers.SGD(0.0), **(mode or {}))
+    return model
+
+
+@every_mode
+def test_losses_that_an_overridden_compute_loss_sums_are_shown(mode):
+    model = own_compute_loss(mode)
+    assert_logs(fit(model), loss=13.5, named=9.0, other_losses=4.5)
+    model.add_loss(lambda t: 3 * ops.mean(t["x"]), name="registered")
+    assert_logs(fit(model), loss=27.0, named=9.0, registered=13.5, other_losses=4.5)
+
+
+@every_mode
+def test_of_two_calls_in_a_step_the_losses_are_those_that_keras_keeps(mode):
+    class Twice(Calling):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                self(x, training=True)
+                base = ops.mean(ops.abs(self(2 * x, training=True) - y))
+                loss = base + sum(self.losses)  # Keras clears those of the first call when the second begins
+            self.minimize(loss, self.trainable_variables, tape=tape)
+            return {"loss": loss, "base": base}
+
+    model = Twice(lambda model, x, training: model.add_loss(ops.mean(x), name="named"))
+    model.compile(keras.optimizers.SGD(0.0), **mode)
+    assert_logs(fit(model), loss=18.0, base=9.0, named=9.0)
+
+
+@pytest.mark.parametrize("floatx", ["float32", "float64"])
+def test_losses_of_several_float_types_add_up(floatx):
+    keras.config.set_floatx(floatx)
+    try:
+
+        def call(layer, x):
+            layer.add_loss(2 * ops.mean(ops.cast(x, "float64")), name="double")
+            layer.add_loss(ops.mean(ops.cast(x, "float16")), name="half")
+            layer.add_loss(0.25)
+            layer.add_loss(ops.cast(0.25, "float64"))
+
+        model = functional(Adds(call, name="layer"))
+        model.add_loss(lambda t: np.float32(1.0), name="single")
+        logs = fit(compiled(model))
+        assert_logs(logs, loss=19.5, compiled_loss=4.5, double=9.0, half=4.5, single=1.0, other_losses=0.5)
+    finally:
+        keras.config.set_floatx("float32")
+
+
 def test_two_metrics_of_one_name_in_one_place_are_an_error():
     model = functional()
     model.add_metric(lambda t: 1.0, name="m")

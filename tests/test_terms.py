@@ -105,6 +105,66 @@ def test_a_weight_may_be_a_schedule_of_completed_updates(mode):
     np.testing.assert_allclose(history["val_one"], [3.0, 6.0])
 
 
+class Weighted(tfloop.Layer):
+    """Adds the loss 1, in `call` or as a function."""
+
+    def __init__(self, weight, in_call):
+        super().__init__()
+        self._options = {"name": "one", "weight": weight}
+        self._in_call = in_call
+        if not in_call:
+            self.add_loss(lambda: tf.constant(1.0), **self._options)
+
+    def call(self, x):
+        if self._in_call:
+            self.add_loss(tf.constant(1.0), **self._options)
+        return x
+
+
+def with_weight(weight, where, **compiled):
+    """A model with a loss that is 1, added in one of the ways there are."""
+    inputs = keras.Input((3,))
+    layer = Weighted(weight, where == "call") if where in ("call", "function") else layers.Identity()
+    model = tfloop.Model(inputs, layers.Dense(2, name="out")(layer(inputs)))
+    if where == "symbolic":
+        model.add_loss(0.0 * ops.mean(model.output) + 1.0, name="one", weight=weight)
+    elif where == "registry":
+        model.add_loss(lambda t: 1.0 + 0.0 * ops.mean(t["out"]), name="one", weight=weight)
+    model.compile(keras.optimizers.SGD(0.0), "mse", **compiled)
+    return model
+
+
+WHERE = ["registry", "symbolic", "call", "function"]
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize(
+    "weight", [lambda step: step, lambda step: step / 1, lambda step: 1.0 * ops.cast(step, "float16"), tf.identity]
+)
+def test_a_schedule_may_give_a_number_of_any_type(where, weight):
+    model = with_weight(weight, where, jit_compile=False)
+    assert fit(model)["one"] == pytest.approx([(0 * 4 + 1 * 4 + 2 * 2) / 10])
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("kind", [tf.Variable, keras.Variable])
+@pytest.mark.parametrize("mode", ["eager", "graph", "loop"])
+def test_a_weight_may_be_a_variable_that_is_read_in_every_step(where, kind, mode):
+    weight = kind(0.0)
+    model = with_weight(weight, where, **MODES[mode])
+    callback = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: weight.assign(epoch))
+    assert fit(model, epochs=3, callbacks=[callback])["one"] == [0.0, 1.0, 2.0]
+
+
+def test_a_file_holds_the_value_of_a_weight_that_is_a_variable(tmp_path):
+    weight = tf.Variable(0.0)
+    model = with_weight(weight, "symbolic")
+    weight.assign(3.0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.evaluate(X, Y, verbose=0, return_dict=True)["one"] == 3.0
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_aggregations_are_really_done(mode):
     model = net(**MODES[mode])
@@ -251,6 +311,11 @@ ERRORS = {
     "an unknown aggregation": (lambda m: m.add_metric(lambda t: 0.0, "a", "median"), ValueError, "'median'"),
     "a function of two": (lambda m: m.add_loss(lambda a, b: 0.0), TypeError, "2 arguments"),
     "a weight that is no number": (lambda m: m.add_loss(lambda t: 0.0, weight="x"), TypeError, "weight='x'"),
+    "a weight that is a vector": (
+        lambda m: m.add_loss(lambda t: 0.0, weight=tf.Variable([1.0, 2.0])),
+        TypeError,
+        "scalar",
+    ),
     "a weight that is not finite": (lambda m: m.add_loss(lambda t: 0.0, weight=np.nan), ValueError, "finite"),
     "a metric object": (lambda m: m.add_metric(keras.metrics.Mean(name="m"), name="m"), TypeError, "calling it"),
     "an unknown statistic": (lambda m: m.watch("*", "median"), ValueError, "There is 'mean'"),

@@ -171,9 +171,24 @@ def compiled_metrics(model):
     """The metric objects that `compile` made: the loss tracker, the compiled metrics, a tracker per output."""
     if not getattr(model, "compiled", False):
         return []
-    compile_loss = model._compile_loss
-    found = [model._loss_tracker, model._compile_metrics, *(compile_loss.metrics if compile_loss else ())]
+    found = [model._loss_tracker, model._compile_metrics, *compiled_output_losses(model)]
     return [m for m in found if m is not None]
+
+
+def compiled_metric_names(model):
+    """The names of what `compile(metrics=...)` shows. Asked of the result once: some of them are made by counting."""
+    metric = getattr(model, "_compile_metrics", None)
+    if metric is None or not metric.built:
+        return ()
+    if "_names_by_tfloop" not in vars(metric):
+        vars(metric)["_names_by_tfloop"] = tuple(path[-1] for path, _ in leaves(metric.result()))
+    return vars(metric)["_names_by_tfloop"]
+
+
+def compiled_output_losses(model):
+    """The metric objects in which Keras keeps the loss of each of several outputs."""
+    compile_loss = getattr(model, "_compile_loss", None)
+    return compile_loss.metrics if compile_loss is not None else []
 
 
 def inner_metrics(metric):

@@ -21,7 +21,8 @@ class Adding:
             value: a tensor of any shape, averaged over its elements, or a number, or a list of them; or a
                 function without arguments.
             name: str, under which the weighted loss is shown. Unnamed losses are shown together.
-            weight: float, or a function of the number of completed updates (an int64 scalar).
+            weight: float; a scalar variable, which every step reads; or a function of the number of completed
+                updates, an int64 scalar.
             inputs: taken for code written for Keras 2, and not used.
 
         Raises `ValueError` when called outside `call` with a tensor, which could not be computed anew.
@@ -63,12 +64,16 @@ class Adding:
                 "Expected a symbolic tensor or a callable for the loss value. Outside `call` please wrap the loss "
                 f"computation in a function: add_loss(lambda: ...), or add_loss(lambda t: ...). Got {value!r}."
             )
+        loss = self._weighted_loss(value, f"add_loss(name={name!r})", weight, name)
+        keras.layers.Layer.add_loss(self, loss)
+
+    def _weighted_loss(self, value, what, weight, name):
+        """The loss as a weighted scalar, of which the step is told."""
         step = current_step()
-        updates = getattr(step, "updates", 0)
-        weighted = terms.mean_scalar(value, f"add_loss(name={name!r})") * terms.weight_at(weight, updates)
-        keras.layers.Layer.add_loss(self, weighted)
+        loss = terms.weighted(terms.mean_scalar(value, what), weight, getattr(step, "updates", 0))
         if hasattr(step, "note_loss"):
-            step.note_loss(weighted, name, self)
+            step.note_loss(loss, name, self)
+        return loss
 
     def add_metric(self, value=None, name=None, aggregation="mean"):
         """Adds a metric: a value that is logged and changes nothing. Called inside `call`.
@@ -215,12 +220,8 @@ class Layer(Adding, keras.layers.Layer):
     def _get_own_losses(self):
         """Keras gathers a model's losses by this method; functions added outside `call` are evaluated here."""
         found = super()._get_own_losses()
-        step = current_step()
         for function, name, weight in self.__dict__.get("_loss_functions", ()):
-            value = terms.mean_scalar(function(), f"add_loss({terms.label(function)})")
-            found.append(value * terms.weight_at(weight, getattr(step, "updates", 0)))
-            if hasattr(step, "note_loss"):
-                step.note_loss(found[-1], name, self)
+            found.append(self._weighted_loss(function(), f"add_loss({terms.label(function)})", weight, name))
         return found
 
     @property

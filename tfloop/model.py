@@ -81,7 +81,8 @@ class Model(Adding, keras.Model):
                 and gradient.
             name: str, under which the loss is logged as it enters the total (weighted). Unnamed losses are
                 logged together as `other_losses`.
-            weight: float, or a function of the number of completed updates, an int64 scalar: 0 in the first step.
+            weight: float; a scalar variable, which every step reads; or a function of the number of completed
+                updates, an int64 scalar: 0 in the first step.
             inputs: taken for code written for Keras 2, and not used.
 
         Works as a decorator; may be called after `compile` and between two fits.
@@ -206,7 +207,7 @@ class Model(Adding, keras.Model):
         named, others = ({}, self.losses) if step is None else step.named_losses(self.losses, taken)
         parts = {**compiled, **named}
         if others:
-            parts["other_losses"] = tf.add_n([terms.mean_scalar(v, "an added loss") for v in others])
+            parts["other_losses"] = terms.total([terms.mean_scalar(v, "an added loss") for v in others])
         if not parts:
             if step is None:
                 return tf.zeros(())
@@ -214,7 +215,7 @@ class Model(Adding, keras.Model):
                 "There is no loss to minimise. Give one to compile(loss=...), or add one: "
                 "model.add_loss(lambda t: ...), or self.add_loss(...) inside `call`."
             )
-        total = tf.add_n([tf.cast(v, tf.float32) if v.dtype != tf.float64 else v for v in parts.values()])
+        total = terms.total(parts.values())
         if step is not None:
             step.loss_parts, step.computed_loss = parts, total
         return total
@@ -245,17 +246,21 @@ class Model(Adding, keras.Model):
             return
         loss = terms.mean_scalar(loss, "the loss")
         step.loss = loss
-        if loss is not step.computed_loss and (step.loss_parts or step.registry_losses_read):
-            parts = step.loss_parts or step.named_losses([t for t, _, _ in step.registry_losses_read])[0]
-            rest = loss - tf.add_n([tf.cast(v, loss.dtype) for n, v in parts.items() if n != "other_losses"])
-            step.loss_parts = {**{n: v for n, v in parts.items() if n != "other_losses"}, "other_losses": rest}
+        parts = step.loss_parts or step.named_losses(step.losses_read or ())[0]
+        parts = {name: value for name, value in parts.items() if name != "other_losses"}
+        if loss is not step.computed_loss and parts:
+            rest = loss - tf.cast(terms.total(parts.values()), loss.dtype)
+            step.loss_parts = {**parts, "other_losses": rest}
 
     @property
     def losses(self):
         """The losses that `call` and regularisers added; in a step those of the registry too, weighted."""
         step = model_step(self)
         added = list(super().losses)
-        return added if step is None else added + step.registry_losses()
+        if step is None:
+            return added
+        step.losses_read = added + step.registry_losses()
+        return list(step.losses_read)
 
     def minimize(self, loss, variables, optimizer=None, tape=None):
         """One correct update: loss scale, gradients, clipping by the optimizer, finite check, update.
@@ -707,7 +712,7 @@ class FunctionalModel(Model, _keras.Functional):
         if self._symbolic and not _keras.makes_its_own_graph(self):
             config["with_terms"] = keras.saving.serialize_keras_object(self._with_terms)
             config["terms"] = [
-                {"kind": kind, **{k: keras.saving.serialize_keras_object(v) for k, v in extra.items()}}
+                {"kind": kind, **{k: keras.saving.serialize_keras_object(terms.plain(v)) for k, v in extra.items()}}
                 for kind, _, extra in self._symbolic
             ]
         functions = [t.name or terms.label(t.value) for t in (*self._terms.losses, *self._terms.metrics)]

@@ -46,7 +46,8 @@ class ModelStep(Step):
         self.loss = None  # what the model's own training step minimised
         self.computed_loss = None  # what `compute_loss` gave last
         self.loss_parts = {}  # name -> scalar, as they enter the loss
-        self.registry_losses_read = []
+        self.losses_read = None  # what `model.losses` gave last
+        self._registry_losses = []  # (scalar tensor, name, owner), as evaluated last
         self._data = data
         self._added_losses = []  # (scalar tensor, name, owner)
         self._added_metrics = {}  # (id(owner), name) -> (owner, name, aggregation, values)
@@ -197,33 +198,37 @@ class ModelStep(Step):
                 value = self._evaluate(term, view)
                 if value is not ABSENT:
                     value = terms.mean_scalar(value, f"loss {term.name or terms.label(term.value)!r}")
-                    weight = tf.cast(terms.weight_at(term.weight, self.updates), value.dtype)
-                    found.append((value * weight, term.name, owner))
-        self.registry_losses_read = found
+                    found.append((terms.weighted(value, term.weight, self.updates), term.name, owner))
+        self._registry_losses = found
         return [tensor for tensor, _, _ in found]
 
-    def named_losses(self, tensors, taken=()):
+    def named_losses(self, tensors, taken=("loss", "other_losses")):
         """Splits loss tensors into `{name: sum}` of the named ones and a list of the others.
 
-        Where layers share a name, or it is `taken`, it is shown below its owner.
+        Where layers share a name, or it is `taken` or a compiled metric's, it is shown below its owner.
         """
-        known = {id(t): (name, owner) for t, name, owner in (*self._added_losses, *self.registry_losses_read)}
-        entries, others = [], []
+        known = {id(t): (name, owner) for t, name, owner in (*self._added_losses, *self._registry_losses)}
+        entries, others = {}, []  # (name, id of the owner) -> (owner, tensors)
         for tensor in tensors:
             name, owner = known.get(id(tensor), (None, None))
             if name is None:
                 others.append(tensor)
             else:
-                entries.append((name, owner, tensor))
-        owners = {}
-        for name, owner, _ in entries:
-            owners.setdefault(name, []).append(id(owner))
+                entries.setdefault((name, id(owner)), (owner, []))[1].append(tensor)
+        taken = {*taken, *_keras.compiled_metric_names(self.model)} if entries else taken
+        all_names = [name for name, _ in entries]
         named = {}
-        for name, owner, tensor in entries:
-            shared = len(set(owners[name])) > 1 or name in taken
+        for (name, _), (owner, parts) in entries.items():
+            shared = all_names.count(name) > 1 or name in taken
             key = self._qualified(name, owner) if shared else name
-            named[key] = named[key] + tensor if key in named else tensor
+            named[names.unique(key, {*taken, *named})] = terms.total(parts)
         return named, others
+
+    def current_losses(self):
+        """The losses that the step read of the model; if it read none, those that the model has now."""
+        if self.losses_read is None and self._added_losses:
+            self.losses_read = self.model.losses
+        return self.losses_read or []
 
     # The row.
 
@@ -238,11 +243,11 @@ class ModelStep(Step):
         book = NameBook(self.model, self._qualified)
         for name, value in self._loss_entries():
             book.fixed(name, Column(name), value)
+        parts = book.names()
         for name, value in self._returned_entries(returned, lazily):
-            book.fixed(name, *value)
+            book.fixed(self._qualified(name, self.model) if name in parts else name, *value)
         if self.loss is None:
-            tensors = [t for t, _, _ in (*self._added_losses, *self.registry_losses_read)]
-            named, _ = self.named_losses(tensors, book.names())
+            named, _ = self.named_losses(self.current_losses(), book.names())
             for name, value in named.items():
                 book.fixed(name, Column(name), value)
         for path, owner in names.walk(self.model):
@@ -266,6 +271,9 @@ class ModelStep(Step):
             metric, path = _keras.metric_of(value) or (None, ())
             if isinstance(metric, terms.TermMetric) or (self.loss is not None and name == "loss"):
                 continue  # these have columns of their own
+            if self.loss is not None and any(metric is m for m in _keras.compiled_output_losses(self.model)):
+                if name in self.loss_parts or not self._was_updated(metric):
+                    continue
             if metric is not None and metric is _keras.loss_tracker(self.model) and not self._was_updated(metric):
                 if self.computed_loss is not None:  # a step that leaves the tracker at 0 means the loss it computed
                     yield name, (Column(name), self.computed_loss)
