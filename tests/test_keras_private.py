@@ -42,6 +42,23 @@ def test_every_layer_and_operation_call_goes_through_operation_call():
     assert seen[0] == ("enter", "model")
 
 
+@pytest.mark.parametrize("graph", [False, True])
+def test_vectorized_map_traces_its_function_on_one_example(graph):
+    seen = []
+
+    def double(row):
+        seen.append((_keras.maps_entered(), *row.shape))
+        return 2.0 * row
+
+    function = lambda x: ops.vectorized_map(double, x)
+    before = tf.vectorized_map
+    with _keras.noticing_maps():
+        result = (tf.function(function) if graph else function)(tf.ones((4, 3)))
+        assert _keras.maps_entered() == 0
+    assert set(seen) == {(1, 3)} and tf.vectorized_map is before
+    np.testing.assert_array_equal(result, 2 * np.ones((4, 3)))
+
+
 def test_bookkeeping_attributes_hide_no_layer_and_show_no_other():
     sequential = keras.Sequential([layers.Dense(2, name="d")])
     sequential(np.ones((1, 2)))

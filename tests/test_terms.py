@@ -274,6 +274,42 @@ def test_every_n_steps(mode):
     np.testing.assert_allclose(history["x/mean"], [first, means[1]], rtol=1e-5)  # and step 4
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_an_evaluation_measures_every_step(mode):
+    model = net(**MODES[mode])
+    model.watch("x", "mean", every=3)
+    model.watch("x", "max", every=7)
+    history = fit(model, epochs=2, validation_data=(X, Y), validation_batch_size=4)
+    np.testing.assert_allclose(history["val_x/mean"], [X.mean()] * 2, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(history["val_x/max"], [X.max()] * 2, rtol=1e-6)
+    assert model.test_on_batch(X, Y, return_dict=True)["x/max"] == X.max()
+
+
+def test_layers_called_as_the_batch_is_do_not_hide_it():
+    class Named(tfloop.Model):
+        def __init__(self):
+            super().__init__()
+            self.x = layers.Dense(3)
+            self.y = layers.Dense(2, activation="relu")
+
+        def call(self, inputs):
+            return self.y(self.x(inputs)) + self.y(inputs)
+
+    model = Named()
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    for name in ("x", "y"):
+        model.add_metric(lambda t, name=name: ops.mean(t[name]), name=name)
+    model.add_metric(lambda t: ops.mean((t["y"] - t["y_pred"]) ** 2), name="mse")
+    model.watch("*", "mean")
+    model.watch("weights/y/*", "mean")
+    history = fit(model)
+    assert list(history)[4:] == ["x:1/mean", "y:1/mean", "y:2/mean", "weights/y/kernel/mean", "weights/y/bias/mean"]
+    assert history["x"] == pytest.approx([X.mean()], rel=1e-5) and history["y"] == pytest.approx([Y.mean()], rel=1e-5)
+    assert history["mse"] == pytest.approx(history["loss"], rel=1e-5)
+    np.testing.assert_allclose(history["x:1/mean"], np.mean(X @ model.x.kernel), rtol=1e-4)
+    np.testing.assert_allclose(history["y:2/mean"], np.mean(np.maximum(X @ model.y.kernel, 0)), rtol=1e-4)
+
+
 def test_min_and_max_over_the_epoch():
     model = net()
     model.watch("x", "min")
@@ -355,3 +391,49 @@ def test_what_only_the_step_knows_is_said_before_training(case, mode):
     with pytest.raises(error, match=message):
         fit(model)
     np.testing.assert_array_equal(before, model.out.kernel)
+
+
+class Mapped(tfloop.Model):
+    """Goes through its examples one by one, in a `vectorized_map`, and does `then` with the model and one's output."""
+
+    def __init__(self, then):
+        super().__init__()
+        self.hidden = layers.Dense(2)
+        self._then = then
+
+    def build(self, shape):
+        self.hidden.build((None, 3))
+        self.built = True
+
+    def call(self, x):
+        def of_one_example(row):
+            hidden = self.hidden(row[None])[0]
+            self._then(self, hidden)
+            return hidden
+
+        return ops.vectorized_map(of_one_example, x)
+
+
+def mapped(mode, then=lambda model, hidden: tfloop.tag(hidden, "tagged")):
+    model = Mapped(then)
+    model.compile(keras.optimizers.SGD(0.0), "mse", **MODES[mode])
+    return model
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("name", ["hidden", "tagged"])
+def test_what_is_made_in_a_vectorized_map_cannot_be_had(mode, name):
+    model = mapped(mode)
+    history = fit(model)
+    assert history["loss"] == pytest.approx([np.mean((X @ model.hidden.kernel + model.hidden.bias - Y) ** 2)], rel=1e-5)
+    model.add_metric(lambda t: ops.mean(t[name]), name="m")
+    with pytest.raises(KeyError, match=f"{name}.*vectorized_map"):
+        fit(model)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("add", ["add_loss", "add_metric"])
+def test_nothing_can_be_added_in_a_vectorized_map(mode, add):
+    model = mapped(mode, lambda model, hidden: getattr(model, add)(ops.mean(hidden), name="of_one"))
+    with pytest.raises(ValueError, match=rf"{add}\(name='of_one'\).*one example"):
+        fit(model)

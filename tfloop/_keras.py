@@ -128,6 +128,45 @@ def observing_calls(observers):
         yield
 
 
+@contextlib.contextmanager
+def noticing_maps():
+    """Lets `maps_entered` count the `vectorized_map`s whose function is traced.
+
+    TensorFlow does that in the graph around it, on one example, and makes operations on all examples of what it
+    finds: what somebody keeps there of a tensor is the one example's. `keras.ops.vectorized_map` looks TensorFlow's
+    up when it is called.
+    """
+
+    def wrap(original):
+        @functools.wraps(original)
+        def vectorized_map(fn, *args, **kwargs):
+            @functools.wraps(fn)
+            def of_one_example(*elements):
+                with _in_map():
+                    return fn(*elements)
+
+            return original(of_one_example, *args, **kwargs)
+
+        return vectorized_map
+
+    with patched(tf, "vectorized_map", wrap):
+        yield
+
+
+@contextlib.contextmanager
+def _in_map():
+    _thread.maps = maps_entered() + 1
+    try:
+        yield
+    finally:
+        _thread.maps -= 1
+
+
+def maps_entered():
+    """How many `vectorized_map`s trace their function in this thread now, each within the one before."""
+    return getattr(_thread, "maps", 0)
+
+
 def seed_generators(layer):
     """The seed generators that Keras tracks for a layer itself. Only their states are public, mixed
     with the weights in `Layer.variables`."""

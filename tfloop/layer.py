@@ -64,6 +64,7 @@ class Adding:
                 "Expected a symbolic tensor or a callable for the loss value. Outside `call` please wrap the loss "
                 f"computation in a function: add_loss(lambda: ...), or add_loss(lambda t: ...). Got {value!r}."
             )
+        check_leaves(f"add_loss(name={name!r})")
         loss = self._weighted_loss(value, f"add_loss(name={name!r})", weight, name)
         keras.layers.Layer.add_loss(self, loss)
 
@@ -129,6 +130,7 @@ class Adding:
         return value
 
     def _gather_metric(self, value, name, aggregation):
+        check_leaves(f"add_metric(name={name!r})")
         same = [m for m in _keras.own_metrics(self) if m.name == name]
         if len(same) > 1:
             raise ValueError(terms.two_of_one_name(name) + f" We found {len(same)} metrics with the name {name!r}.")
@@ -162,7 +164,8 @@ class Adding:
     def __call__(self, *args, **kwargs):
         for metric in _keras.own_metrics(self):
             _keras.mark_results(metric)
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]  # that of the layer this is mixed into
+        with _keras.noticing_maps():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]  # that of the layer this is mixed into
 
     def _refuse(self, what):
         raise ValueError(
@@ -181,6 +184,15 @@ class Adding:
 
     def _register_loss(self, value, name, weight):
         self._refuse(f"add_loss(name={name!r})")
+
+
+def check_leaves(what):
+    """Raises `ValueError` for a value of one example, which cannot be made that of all of them."""
+    if _keras.maps_entered():
+        raise ValueError(
+            f"{what} inside a vectorized_map: its function sees one example, and the value cannot leave it. Return the "
+            "value from the function, and add it outside."
+        )
 
 
 def inside_call():

@@ -352,7 +352,8 @@ class ModelStep(Step):
                 key = f"{name}/{watch.statistic.name}"
                 if key not in seen and is_numeric(tensors[name]):
                     seen.add(key)
-                    due.setdefault(watch.every, []).append((key, watch.statistic, tensors[name]))
+                    every = watch.every if self.training else 1  # no updates are counted in evaluation
+                    due.setdefault(every, []).append((key, watch.statistic, tensors[name]))
         for every, entries in due.items():
             columns = [Column(key, s.aggregation, every, s.width) for key, s, _ in entries]
 
