@@ -257,6 +257,46 @@ def test_batch_logs_are_running_values_and_the_last_is_the_epoch_s():
     assert seen[-1] == pytest.approx(history)
 
 
+def large(owner, x, training=None):
+    for aggregation in ("mean", "min", "max", "last", "sum"):
+        owner.add_metric(tf.boolean_mask(x, x > 5.0), name=aggregation, aggregation=aggregation)
+
+
+NOT_COMPILED = pytest.mark.parametrize("mode", [MODES[m] for m in ("eager", "graph", "three")])
+
+
+@NOT_COMPILED
+def test_a_value_of_no_elements_is_left_out(mode):
+    """Of 0 to 3 none is larger than 5, of 4 to 7 the mean is 6.5, of 8 and 9 it is 8.5."""
+    expected = {"mean": (6.5 * 4 + 8.5 * 2) / 6, "min": 6.0, "max": 9.0, "last": 8.5, "sum": 30.0}
+    assert_logs(fit(compiled(Calling(large), **mode)), loss=4.5, **expected)
+    assert "mean" not in compiled(Calling(large), **mode).evaluate(X[:4], ZEROS[:4], verbose=0, return_dict=True)
+    infinite = compiled(Calling(lambda model, x, training: model.add_metric(x / 0.0, name="m")), **mode)
+    assert np.isnan(fit(infinite)["m"])
+
+
+@NOT_COMPILED
+def test_a_value_of_no_elements_is_left_out_of_several_batches_for_one_update(mode):
+    model = compiled(Calling(large), accumulate=3, **mode)
+    logs = fit(model)
+    expected = {"mean": (6.5 * 4 + 8.5 * 2) / 6, "min": 6.0, "max": 9.0, "last": 8.5, "sum": 30.0}
+    assert_logs(logs, loss=4.5, **expected)
+
+
+@NOT_COMPILED
+def test_a_metric_in_a_branch_that_was_never_taken_is_left_out(mode):
+    def call(model, x, training):
+        def add():
+            model.add_metric(ops.mean(x), name="large")
+            return 0.0
+
+        tf.cond(ops.mean(x) > 5.0, add, lambda: 0.0)
+
+    model = compiled(Calling(call), **mode)
+    logs = fit(model, validation_data=(X[:4], ZEROS[:4]))
+    assert_logs(logs, loss=4.5, large=(5.5 * 4 + 8.5 * 2) / 6, val_loss=1.5)
+
+
 # Order and names.
 
 
@@ -297,6 +337,37 @@ def test_two_layers_with_one_metric_name_are_shown_by_their_paths():
     model = compiled(functional(Adds(metric("m"), name="first"), Adds(metric("m", 2), name="second")))
     assert_logs(fit(model), **{"loss": 4.5, "first/m": 4.5, "second/m": 9.0})
     assert_logs(evaluate(model), **{"loss": 4.5, "first/m": 4.5, "second/m": 9.0})
+
+
+def test_layers_that_share_a_metric_name_are_shown_by_their_paths_in_every_log():
+    def in_training(model, x, training):
+        model.both(x)
+        if training:
+            model.once(x)
+        model.last(x)
+
+    parts = {"both": Adds(metric("m")), "once": Adds(metric("m", 2)), "last": Adds(metric("n"))}
+    model = compiled(Calling(in_training, **parts))
+    logs = fit(model, validation_data=(X, ZEROS))
+    expected = {"loss": 4.5, "both/m": 4.5, "once/m": 9.0, "n": 4.5}
+    assert_logs(logs, **expected, **{"val_loss": 4.5, "val_both/m": 4.5, "val_n": 4.5})
+    model.once.metrics[0].reset_state()
+    assert "once/m" not in evaluate(model)
+    assert float(model.both.metrics[0].result()) == 4.5 and float(model.once.metrics[0].result()) == 0.0
+
+
+@every_mode
+def test_what_compute_metrics_returns_is_shown_under_its_name(mode):
+    class Own(Calling):
+        def compute_metrics(self, x, y, y_pred, sample_weight=None):
+            logs = super().compute_metrics(x, y, y_pred, sample_weight)
+            self.power.update_state(ops.mean(y_pred**2))
+            return {**logs, "alias": self.power.result(), "root": ops.sqrt(self.power.result())}
+
+    model = compiled(Own(lambda *_: None, power=keras.metrics.Mean(name="power")), metrics=["mse"], **mode)
+    logs = fit(model)
+    assert list(logs) == ["loss", "mse", "alias", "root", "power"]
+    assert logs["alias"] == logs["power"] == pytest.approx(np.mean([np.mean(X[i : i + 4] ** 2) for i in (0, 4, 8)]))
 
 
 def test_metric_objects_hold_what_the_log_shows():

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tfloop import _keras, names, terms
 from tfloop.loop.record import Column, Result
-from tfloop.row import NameBook, combined, flat_logs, is_numeric, own_key, reader, results_of, scalar
+from tfloop.row import NameBook, combined, flat_logs, is_numeric, mean, own_key, reader, results_of
 from tfloop.step import Step, current_step
 from tfloop.tensors import Lazy, MissingTensor, Recorder, Tensors, current_graph, flatten, recording
 
@@ -279,7 +279,7 @@ class ModelStep(Step):
                     yield name, (Column(name), self.computed_loss)
                 continue
             if metric is not None and lazily:
-                if not self._is_attribute(metric):
+                if name != own_key(metric, path) or not self._is_attribute(metric):
                     yield name, (Result(name, reader(metric, path)), self._own_value(metric))
             elif metric is not None and self.part is not None:  # a running value of all replicas together
                 self._returned.append(metric)
@@ -288,9 +288,9 @@ class ModelStep(Step):
                 self._returned.append(metric)
                 if name == own_key(metric, path):  # updated since, it may be: Keras reads those again, by name
                     value = reader(metric, path)()
-                yield name, (Column(name, "running"), (scalar(value, "mean", name), self._own_value(metric)))
+                yield name, (Column(name, "running"), (mean(value, name), self._own_value(metric)))
             else:
-                yield name, (Column(name), scalar(value, "mean", name))
+                yield name, (Column(name), combined([value], "mean", name))
 
     def _is_attribute(self, metric):
         return any(metric is m for _, layer in names.walk(self.model) for m in _keras.own_metrics(layer))
@@ -300,7 +300,7 @@ class ModelStep(Step):
         for metric in _keras.own_metrics(owner):
             if self._shows(metric, lazily):
                 own = self._own_value(metric)
-                yield from ((name, Result(name, read), own) for name, read in results_of(metric))
+                yield from ((result.name, result, own) for result in results_of(metric))
         registered = {term.name: term for term in terms.registry(owner).metrics}
         tensors = self.metric_tensors() if registered else None
         view = tensors.below(path) if tensors and path else tensors
@@ -309,12 +309,12 @@ class ModelStep(Step):
                 value = self._evaluate(registered[name], view)
                 if value is not ABSENT:
                     term = registered[name]
-                    yield name, Column(name, term.aggregation), scalar(value, term.aggregation, name)
+                    yield name, Column(name, term.aggregation), combined([value], term.aggregation, name)
             elif (id(owner), name) in self._added_metrics:
                 _, _, aggregation, values = self._added_metrics[id(owner), name]
                 yield name, Column(name, aggregation), combined(values, aggregation, name)
             elif self._was_updated(metric):
-                yield from ((key, Result(key, read), None) for key, read in results_of(metric))
+                yield from ((result.name, result, None) for result in results_of(metric))
 
     def _shows(self, metric, lazily):
         """Metric objects that were not updated in the step are left out, rather than shown as 0."""
