@@ -59,6 +59,21 @@ def test_vectorized_map_traces_its_function_on_one_example(graph):
     np.testing.assert_array_equal(result, 2 * np.ones((4, 3)))
 
 
+def test_the_outermost_call_is_known():
+    seen = []
+
+    class Sees(layers.Layer):
+        def call(self, x):
+            seen.append(_keras.called_layer())
+            return x
+
+    model = keras.Sequential([layer := Sees()])
+    for called in (model, layer):
+        called(np.ones((1, 2)))
+        assert seen[-1] is called
+    assert _keras.called_layer() is None
+
+
 def test_bookkeeping_attributes_hide_no_layer_and_show_no_other():
     sequential = keras.Sequential([layers.Dense(2, name="d")])
     sequential(np.ones((1, 2)))

@@ -332,6 +332,43 @@ def test_gradients_are_left_out_of_evaluation():
     assert [k for k in history if k.startswith("val_")] == ["val_loss"]
 
 
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("make", [tf.RaggedTensor.from_tensor, tf.sparse.from_dense])
+def test_tensors_that_are_not_dense_are_watched(mode, make):
+    class Makes(tfloop.Model):
+        def __init__(self):
+            super().__init__()
+            self.make = layers.Lambda(make)
+            self.out = layers.Dense(2)
+
+        def call(self, x):
+            tfloop.tag(self.make(x), "tagged")
+            return self.out(x)
+
+    model = Makes()
+    model.compile("sgd", "mse", **MODES[mode])
+    model.watch("*", "mean")
+    history = fit(model)
+    assert list(history) == ["loss", "make/mean", "tagged/mean", "out/mean"]
+    np.testing.assert_allclose([history["make/mean"], history["tagged/mean"]], X.mean(), rtol=1e-5)
+
+
+def test_what_an_inner_model_watches_is_shown_under_full_names():
+    inner = tfloop.Model(x := keras.Input((3,)), layers.Dense(2, name="hidden")(x), name="inner")
+    model = tfloop.Model(x := keras.Input((3,)), layers.Dense(2, name="out")(inner(x)))
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    inner.watch("*", "mean")
+    inner.watch("gradients/*/kernel", "norm", every=2)
+    model.watch("inner/hidden", "mean")
+    history = fit(model, validation_data=(X, Y))
+    watched = ["inner/hidden/mean", "gradients/inner/hidden/kernel/norm"]
+    assert list(history) == ["loss", *watched, "val_loss", "val_inner/hidden/mean"]
+    np.testing.assert_allclose(history["val_inner/hidden/mean"], np.mean(inner(X)), rtol=1e-4, atol=1e-6)
+    inner.watch("absent")
+    with pytest.raises(ValueError, match=r"'absent'.*matches no tensor.*'hidden'"):
+        fit(model)
+
+
 # Errors.
 
 ERRORS = {
@@ -369,6 +406,49 @@ def test_what_is_wrong_is_said_at_once(case):
     add, error, message = ERRORS[case]
     with pytest.raises(error, match=message):
         add(net())
+
+
+def test_a_loss_name_is_taken_once_whatever_the_losses_are():
+    model = tfloop.Model(x := keras.Input((3,)), y := layers.Dense(2, name="out")(x))
+    model.add_loss([ops.mean(y), ops.mean(y**2)], name="both")  # one loss, of two parts
+    model.add_loss(lambda t: ops.mean(t["out"]), name="function")
+    for name in ("both", "function"):
+        for value in (ops.mean(y), lambda t: 0.0):
+            with pytest.raises(ValueError, match=f"{name}.*already has a loss"):
+                model.add_loss(value, name=name)
+    model.compile(keras.optimizers.SGD(0.0))
+    history = fit(model)
+    values = model(X).numpy()
+    assert history["both"] == pytest.approx([values.mean() + np.mean(values**2)], rel=1e-4)
+    assert list(history) == ["loss", "both", "function"]
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize("where", ["call", "function"])
+def test_a_schedule_in_a_layer_needs_somebody_who_counts_updates(where, run_eagerly):
+    layer = Weighted(lambda step: ops.cast(step, "float32"), where == "call")
+    model = keras.Sequential([keras.Input((3,)), layer, layers.Dense(2)])
+    model.compile("sgd", "mse", run_eagerly=run_eagerly)
+    if where == "call" or not run_eagerly:
+        with pytest.raises(ValueError, match="a plain keras"):
+            model.fit(X, Y, verbose=0)
+    ours = tfloop.Model(model.inputs, model.outputs)
+    ours.compile(keras.optimizers.SGD(0.0), "mse", run_eagerly=run_eagerly)
+    assert fit(ours)["one"] == pytest.approx([(0 * 4 + 1 * 4 + 2 * 2) / 10])
+    if where == "call":
+        ours(X, training=True)
+        assert [float(loss) for loss in ours.losses] == [3.0]  # in a plain call, the model's count
+
+
+def test_a_statistic_that_is_no_scalar_is_named_with_its_tensor():
+    @tfloop.register_statistic(name="means_of_columns")
+    def means_of_columns(tensor):
+        return tf.reduce_mean(tensor, 0)
+
+    model = net()
+    model.watch("hidden", "means_of_columns")
+    with pytest.raises(ValueError, match=r"'means_of_columns' of 'hidden' gave a tensor of shape \(4,\)"):
+        fit(model)
 
 
 TRACED = {

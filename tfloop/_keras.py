@@ -595,6 +595,12 @@ def call_context():
     return global_state.get_global_attribute("current_call_ctx")
 
 
+def called_layer():
+    """The layer or model whose call is the outermost one in this thread, or `None` outside one."""
+    context = call_context()
+    return None if context is None else context.entry_layer
+
+
 def call_training():
     """The value of `training` that Keras would hand to a layer called now; `None` if nobody said."""
     context = call_context()

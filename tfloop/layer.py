@@ -5,6 +5,7 @@ plain call, and under Keras' own `fit`, losses go where Keras keeps them and met
 """
 
 import keras
+import tensorflow as tf
 
 from tfloop import _keras, terms
 from tfloop.statistics import check_aggregation
@@ -70,8 +71,8 @@ class Adding:
 
     def _weighted_loss(self, value, what, weight, name):
         """The loss as a weighted scalar, of which the step is told."""
+        loss = terms.weighted(terms.mean_scalar(value, what), weight, completed_updates(weight, what))
         step = current_step()
-        loss = terms.weighted(terms.mean_scalar(value, what), weight, getattr(step, "updates", 0))
         if hasattr(step, "note_loss"):
             step.note_loss(loss, name, self)
         return loss
@@ -184,6 +185,25 @@ class Adding:
 
     def _register_loss(self, value, name, weight):
         self._refuse(f"add_loss(name={name!r})")
+
+
+def completed_updates(weight, what):
+    """The number of completed updates, for a weight that is a function of it.
+
+    Raises `ValueError` in training where nobody counts them.
+    """
+    step, model = current_step(), _keras.called_layer()
+    if step is not None or not callable(weight):
+        return getattr(step, "updates", 0)
+    if hasattr(model, "_terms"):
+        return 0 if model._updates is None else model._updates.read_value()
+    traced = model is None and tf.inside_function()  # a layer's loss function, read by Keras' own training step
+    if traced or (isinstance(model, keras.Model) and _keras.call_training() and not _keras.in_symbolic_scope()):
+        raise ValueError(
+            f"{what}: its weight is a function of the number of completed updates, which a plain keras.Model does not "
+            "count. Make the model a tfloop.Model, or give a weight that is a variable, and assign to it."
+        )
+    return 0
 
 
 def check_leaves(what):

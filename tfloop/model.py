@@ -8,6 +8,7 @@ import functools
 import inspect
 import math
 import warnings
+from typing import cast
 
 import keras
 import tensorflow as tf
@@ -99,6 +100,8 @@ class Model(Adding, keras.Model):
         """
         if value is None and not inside_call():
             return lambda function: self.add_loss(function, name=name, weight=weight) or function
+        if name is not None and not inside_call():
+            self._check_new_loss(name)
         super().add_loss(value, name=name, weight=weight, inputs=inputs)
         return value if callable(value) and not isinstance(value, keras.Variable) else None
 
@@ -114,9 +117,16 @@ class Model(Adding, keras.Model):
 
     def _check_new_metric(self, name):
         """Two metrics of one name in one place: an attribute, a symbolic or a registered one has it already."""
-        symbolic = [extra["name"] for kind, _, extra in self.__dict__.get("_symbolic", ()) if kind == "metric"]
-        if name in (*(m.name for m in _keras.own_metrics(self)), *symbolic, *(t.name for t in self._terms.metrics)):
+        attributes, registered = (m.name for m in _keras.own_metrics(self)), (t.name for t in self._terms.metrics)
+        if name in (*attributes, *self._symbolic_names("metric"), *registered):
             raise ValueError(terms.two_of_one_name(name))
+
+    def _check_new_loss(self, name):
+        if name in (*self._symbolic_names("loss"), *(term.name for term in self._terms.losses)):
+            raise ValueError(terms.two_losses_of_one_name(name))
+
+    def _symbolic_names(self, kind):
+        return [extra["name"] for known, _, extra in self.__dict__.get("_symbolic", ()) if known == kind]
 
     def watch(self, pattern, statistic="rms", every=1):
         """Logs a statistic of every tensor whose name matches, as `<tensor>/<statistic>`.
@@ -137,6 +147,43 @@ class Model(Adding, keras.Model):
         ```
         """
         self._terms.watch(pattern, statistic, every)
+
+    def get_build_config(self):
+        """As Keras' own. A model that is no graph is saved by this, and by a `get_config` that may be the user's."""
+        if not isinstance(self, FunctionalModel):
+            self._warn_of_functions()
+        return super().get_build_config()
+
+    def _warn_of_functions(self):
+        """Says what a file does not hold."""
+        found = [term.name or terms.label(term.value) for term in (*self._terms.losses, *self._terms.metrics)]
+        if found:
+            warnings.warn(
+                f"{self.name!r} has losses or metrics that are functions of the step's tensors, and a file does not "
+                f"hold them: {names.listing(found)}. Add them again to the loaded model, if its constructor does not.",
+                stacklevel=3,
+            )
+
+    def __deepcopy__(self, memo):
+        """A copy by way of a file, as Keras makes it, with the functions that a file does not hold."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* functions of the step's tensors")
+            make, arguments = cast(tuple, self.__reduce__())
+            copied = memo[id(self)] = make(*arguments)
+        copies = dict(names.walk(copied))
+        for path, source in names.walk(self):
+            if isinstance(source, Model) and isinstance(copies.get(path), Model):
+                copies[path]._take_functions(source)
+        return copied
+
+    def _take_functions(self, source):
+        """Takes the terms of another model that are functions, but for those that are here already."""
+        for term in source._terms.losses[len(self._terms.losses) :]:
+            self._terms.add_loss(term.value, term.name, term.weight)
+        for term in source._terms.metrics[len(self._terms.metrics) :]:
+            self._register_metric(term.value, term.name, term.aggregation)
+        self._terms.watches.extend(w for w in source._terms.watches if w not in self._terms.watches)
+        self._terms.version += 1
 
     # Weights.
 
@@ -639,11 +686,7 @@ class FunctionalModel(Model, _keras.Functional):
             (self._add_symbolic_loss if kind == "loss" else self._add_symbolic_metric)(value, **extra)
         if source is None:
             return
-        for term in source._terms.losses[len(self._terms.losses) :]:
-            self._terms.add_loss(term.value, term.name, term.weight)
-        for term in source._terms.metrics[len(self._terms.metrics) :]:
-            self._register_metric(term.value, term.name, term.aggregation)
-        self._terms.watches.extend(w for w in source._terms.watches if w not in self._terms.watches)
+        self._take_functions(source)
         weights.restore_parametrizations(self, weights.parametrization_config(source))
 
     def compile(self, *args, **kwargs):
@@ -715,13 +758,7 @@ class FunctionalModel(Model, _keras.Functional):
                 {"kind": kind, **{k: keras.saving.serialize_keras_object(terms.plain(v)) for k, v in extra.items()}}
                 for kind, _, extra in self._symbolic
             ]
-        functions = [t.name or terms.label(t.value) for t in (*self._terms.losses, *self._terms.metrics)]
-        if functions:
-            warnings.warn(
-                f"{self.name!r} has losses or metrics that are functions of the step's tensors, and a file does not "
-                f"hold them: {names.listing(functions)}. Add them again to the loaded model.",
-                stacklevel=2,
-            )
+        self._warn_of_functions()
         parametrizations = weights.parametrization_config(self)
         return {**config, "parametrizations": parametrizations} if parametrizations else config
 

@@ -193,7 +193,7 @@ class ModelStep(Step):
         found = []
         tensors = self.loss_tensors()
         for path, owner in self._owners():
-            view = tensors.below(path) if path else tensors
+            view = tensors.below(path)
             for term in terms.registry(owner).losses:
                 value = self._evaluate(term, view)
                 if value is not ABSENT:
@@ -303,7 +303,7 @@ class ModelStep(Step):
                 yield from ((result.name, result, own) for result in results_of(metric))
         registered = {term.name: term for term in terms.registry(owner).metrics}
         tensors = self.metric_tensors() if registered else None
-        view = tensors.below(path) if tensors and path else tensors
+        view = tensors.below(path) if registered else None
         for name, metric in terms.term_metrics(owner).items():
             if name in registered:
                 value = self._evaluate(registered[name], view)
@@ -341,24 +341,25 @@ class ModelStep(Step):
     def _watched(self):
         """`(Column, value)` for every statistic that is watched; those with one interval under one condition."""
         tensors = self.metric_tensors()
-        seen, due = set(), {}
-        for watch in self.model._terms.watches:
-            found = tensors.matching(watch.pattern)
-            if not found and self.training and self._ends:
-                raise ValueError(
-                    f"watch({watch.pattern!r}) matches no tensor of the step. There is {names.listing(tensors, 60)}."
-                )
-            for name in found:
-                key = f"{name}/{watch.statistic.name}"
-                if key not in seen and is_numeric(tensors[name]):
-                    seen.add(key)
-                    every = watch.every if self.training else 1  # no updates are counted in evaluation
-                    due.setdefault(every, []).append((key, watch.statistic, tensors[name]))
+        due = {}  # every -> {key: (statistic, name of the tensor)}
+        for path, owner in self._owners():
+            full_names, view = tensors.names_below(path), tensors.below(path)
+            for watch in terms.registry(owner).watches:
+                found = view.matching(watch.pattern)
+                if not found and self.training and self._ends:
+                    raise ValueError(
+                        f"watch({watch.pattern!r}) matches no tensor of the step. There is {names.listing(view, 60)}."
+                    )
+                every = watch.every if self.training else 1  # no updates are counted in evaluation
+                for name in [full_names[n] for n in found if is_numeric(view[n])]:
+                    key = f"{name}/{watch.statistic.name}"
+                    if not any(key in known for known in due.values()):
+                        due.setdefault(every, {})[key] = watch.statistic, name
         for every, entries in due.items():
-            columns = [Column(key, s.aggregation, every, s.width) for key, s, _ in entries]
+            columns = [Column(key, s.aggregation, every, s.width) for key, (s, _) in entries.items()]
 
             def compute(entries=entries):
-                return [tf.cast(statistic(t), tf.float32) for _, statistic, t in entries]
+                return [measured(statistic, name, tensors[name]) for statistic, name in entries.values()]
 
             def skip(columns=columns):
                 return [tf.fill([c.width] if c.width > 1 else [], float("nan")) for c in columns]
@@ -395,6 +396,17 @@ def model_step(model):
     """The `ModelStep` that runs in this thread, if it is one of this model."""
     step = current_step()
     return step if isinstance(step, ModelStep) and step.model is model else None
+
+
+def measured(statistic, name, tensor):
+    """A statistic of a tensor. Raises `ValueError` for one, of a user's, that gives no scalar."""
+    value = tf.cast(statistic(tensor), tf.float32)
+    if statistic.width == 1 and value.shape.rank not in (0, None):
+        raise ValueError(
+            f"The statistic {statistic.name!r} of {name!r} gave a tensor of shape {tuple(value.shape)}. Expected a "
+            "scalar: reduce it over all axes."
+        )
+    return value
 
 
 def is_plain_mean(metric):

@@ -94,17 +94,26 @@ class Tensors(collections.abc.Mapping):
 
     def below(self, path):
         """What a model at `path` sees as its own: its part of the names, without the path in front."""
-        found, reasons = {}, dict(self._reasons)
-        for name, value in self._values.items():
+        if not path:
+            return self
+        found = {inner: self._values[name] for inner, name in self.names_below(path).items()}
+        reasons = {beside_batch(k[len(path) + 1 :]): v for k, v in self._reasons.items() if k.startswith(path + "/")}
+        return type(self)(found, {**self._reasons, **reasons})
+
+    def names_below(self, path):
+        """`name -> full name` of what a model at `path` sees."""
+        if not path:
+            return dict(zip(self, self, strict=True))
+        found = {}
+        for name in self:
             space = next((s for s in NAMESPACES if name.startswith(s)), "")
             rest = name[len(space) :]
             if rest.startswith(path + "/"):
                 inner = rest[len(path) + 1 :]
-                found[space + inner if space else beside_batch(inner)] = value
+                found[space + inner if space else beside_batch(inner)] = name
             elif not space and rest == path:
-                found["y_pred"] = value
-        reasons |= {beside_batch(k[len(path) + 1 :]): v for k, v in self._reasons.items() if k.startswith(path + "/")}
-        return type(self)(found, reasons)
+                found["y_pred"] = name
+        return found
 
     def _explain(self, name):
         if not isinstance(name, str):

@@ -58,7 +58,7 @@ class Terms:
     def add_loss(self, value, name, weight):
         check_name(name, "add_loss")
         if name is not None and any(term.name == name for term in self.losses):
-            raise ValueError(f"add_loss(name={name!r}): the model already has a loss of this name. Choose another.")
+            raise ValueError(two_losses_of_one_name(name))
         self.losses.append(Loss(name, value, check_weight(weight)))
         self.version += 1
 
@@ -144,6 +144,10 @@ def is_variable(value):
 def plain(value):
     """What a file can hold of a value: of a variable its number."""
     return float(value) if is_variable(value) else value
+
+
+def two_losses_of_one_name(name):
+    return f"add_loss(name={name!r}): the model already has a loss of this name. Choose another."
 
 
 def two_of_one_name(name):
