@@ -333,6 +333,52 @@ def test_metrics_names_names_what_evaluate_returned():
     assert dict(zip(model.metrics_names, values, strict=True)) == pytest.approx(as_dict)
 
 
+def with_everything():
+    model = functional(layers.Dense(1, name="dense"), regularizer="l2")
+    model.add_loss(ops.mean(model.output), name="symbolic")
+    model.add_loss(lambda t: 1.0 + 0.0 * ops.mean(t["dense"]), name="mae")
+    model.add_metric(lambda t: ops.mean(t["dense"]), name="mse")
+    model.add_metric(model.output, name="output")
+    return compiled(model, metrics=["mse", "mae"])
+
+
+def zipped(model):
+    """The idiom: the names are asked for first."""
+    return dict(zip(model.metrics_names, model.evaluate(X, ZEROS, batch_size=4, verbose=0), strict=True))
+
+
+def test_metrics_names_are_those_of_an_evaluation_before_there_is_one():
+    model = with_everything()
+    assert zipped(model) == pytest.approx(evaluate(model))
+    several = tfloop.Model(x := keras.Input((1,)), [layers.Dense(1, name=n)(x) for n in "ab"])
+    several.compile("sgd", ["mse", "mae"], metrics=[["mae"], ["mse"]])
+    names = several.metrics_names
+    assert names == list(several.evaluate(X, [ZEROS, ZEROS], verbose=0, return_dict=True))
+
+
+def test_metrics_names_follow_what_is_added_and_compiled():
+    model = with_everything()
+    evaluate(model)
+    model.add_metric(lambda t: ops.mean(t["x"]), name="late")
+    model.add_loss(lambda t: ops.mean(t["x"]), name="late_loss")
+    assert zipped(model) == pytest.approx(evaluate(model))
+    compiled(model, loss="mse", metrics=["mape"])
+    assert zipped(model) == pytest.approx(evaluate(model))
+    assert {"mape", "late"} < set(model.metrics_names)
+
+
+@pytest.mark.parametrize("how", ["fit", "test_on_batch"])
+def test_metrics_names_are_known_after_a_validation(how):
+    model = of_every_kind()
+    model.watch("out", "rms")
+    model.add_metric(lambda t: ops.mean(t["gradients/out/kernel"]), name="gradient")
+    if how == "fit":
+        fit(model, validation_data=(X, ZEROS))
+    else:
+        model.test_on_batch(X, ZEROS)
+    assert zipped(model) == pytest.approx(evaluate(model))
+
+
 def test_two_layers_with_one_metric_name_are_shown_by_their_paths():
     model = compiled(functional(Adds(metric("m"), name="first"), Adds(metric("m", 2), name="second")))
     assert_logs(fit(model), **{"loss": 4.5, "first/m": 4.5, "second/m": 9.0})

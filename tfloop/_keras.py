@@ -215,19 +215,66 @@ def compiled_metrics(model):
 
 
 def compiled_metric_names(model):
-    """The names of what `compile(metrics=...)` shows. Asked of the result once: some of them are made by counting."""
+    """The names of what `compile(metrics=...)` shows; before Keras has made the metrics, as they were given."""
     metric = getattr(model, "_compile_metrics", None)
-    if metric is None or not metric.built:
+    if metric is None:
         return ()
-    if "_names_by_tfloop" not in vars(metric):
+    if not metric.built:
+        return tuple(dict.fromkeys(_names_as_given(metric)))
+    if "_names_by_tfloop" not in vars(metric):  # asked of the result once: some of them are made by counting
         vars(metric)["_names_by_tfloop"] = tuple(path[-1] for path, _ in leaves(metric.result()))
     return vars(metric)["_names_by_tfloop"]
+
+
+def _names_as_given(metric):
+    seen = set()
+    for given in (metric._user_metrics, metric._user_weighted_metrics):
+        found = []
+        for output, part in _by_output(given, metric.output_names):
+            in_front = f"{output}_" if output else ""
+            for name in filter(None, map(_name_of, keras.tree.flatten(part))):
+                found.append(f"{in_front}{name}" if f"{in_front}{name}" not in seen else f"{in_front}weighted_{name}")
+        yield from found
+        seen.update(found)
+
+
+def _by_output(given, outputs):
+    """`(output, what was given for it)`, without the output where there is one alone."""
+    outputs = outputs or ()
+    if isinstance(given, dict):
+        order = [output for output in outputs if output in given] or given
+        return [(output if len(outputs) != 1 else "", given[output]) for output in order]
+    if isinstance(given, list | tuple) and len(outputs) == len(given) > 1:
+        return list(zip(outputs, given, strict=True))
+    return [("", given)]
+
+
+def _name_of(metric):
+    return metric if isinstance(metric, str | None) else getattr(metric, "name", getattr(metric, "__name__", None))
 
 
 def compiled_output_losses(model):
     """The metric objects in which Keras keeps the loss of each of several outputs."""
     compile_loss = getattr(model, "_compile_loss", None)
     return compile_loss.metrics if compile_loss is not None else []
+
+
+def compiled_loss_names(model):
+    """The names of the losses of several outputs, also before Keras has made them; of one output none."""
+    if made := compiled_output_losses(model):
+        return [metric.name for metric in made]
+    outputs = getattr(model, "output_names", None) or ()
+    given = {output: loss for output, loss in _by_output(model.loss, outputs) if output}
+    if not given and len(outputs) > 1:  # one for all of them
+        given = dict.fromkeys(outputs, model.loss)
+    return [f"{output}_loss" for output, loss in given.items() if loss is not None]
+
+
+def has_regularizer(model):
+    """Whether there are losses of weights or activities, which Keras adds itself."""
+    of_activities = (getattr(layer, "activity_regularizer", None) for layer in model._flatten_layers())
+    of_weights = (getattr(variable, "regularizer", None) for variable in model.trainable_variables)
+    return any(found is not None for found in (*of_activities, *of_weights))
 
 
 def inner_metrics(metric):

@@ -22,7 +22,7 @@ from tfloop.loop import fitting
 from tfloop.loop.accumulation import micro_batches
 from tfloop.model_step import ModelStep, model_step
 from tfloop.plain import plain_variable
-from tfloop.row import merged
+from tfloop.row import expected_names, merged
 from tfloop.step import current_step, running
 from tfloop.steps import ModelSteps
 
@@ -483,6 +483,7 @@ class Model(Adding, keras.Model):
         if self._updates is None:
             self.__dict__["_updates"] = plain_variable(0, dtype=tf.int64, name="updates")
         self.__dict__["_loop"] = None
+        self.__dict__["_evaluated"] = None, None
         self.__dict__["_tracks_loss"] = False
         self.__dict__["_as_compiled"] = {
             layer: (layer.trainable, [(v, v.trainable) for v in _keras.own_trainable_variables(layer)])
@@ -527,8 +528,15 @@ class Model(Adding, keras.Model):
 
     @property
     def metrics_names(self):
-        """The names of the values that `evaluate` returned; before that, those of the metric objects."""
-        return self.__dict__.get("_evaluated_names") or [m.name for m in self.metrics]
+        """The names of the values that `evaluate` returns: of the latest evaluation of the model as it is now.
+
+        Before there is one, those that are known: `call` and `watch` may add some.
+        """
+        known, version = self.__dict__.get("_evaluated", (None, None))
+        return list(known) if known and version == terms.versions(self) else expected_names(self)
+
+    def _evaluated_to(self, logs):
+        self.__dict__["_evaluated"] = tuple(logs), terms.versions(self)
 
     @property
     def engine(self):
@@ -593,7 +601,7 @@ class Model(Adding, keras.Model):
         """
         refuse_swapped(self)
         self.__dict__["_averages"] = [c for c in callback_objects(callbacks) if isinstance(c, WeightAverage)]
-        return self._get_loop().fit(
+        history = self._get_loop().fit(
             x,
             y,
             batch_size=batch_size,
@@ -611,6 +619,9 @@ class Model(Adding, keras.Model):
             validation_batch_size=validation_batch_size,
             validation_freq=validation_freq,
         )
+        if validation_data is not None or validation_split:
+            self._evaluated_to(n.removeprefix("val_") for n in history.history if n.startswith("val_"))
+        return history
 
     def evaluate(
         self,
@@ -630,7 +641,7 @@ class Model(Adding, keras.Model):
         logs = self._get_loop().evaluate(
             x, y, batch_size=batch_size, verbose=verbose, sample_weight=sample_weight, steps=steps, callbacks=callbacks
         )
-        self.__dict__["_evaluated_names"] = list(logs)
+        self._evaluated_to(logs)
         return logs if return_dict else as_list(logs)
 
     def predict(self, x, batch_size=None, verbose="auto", steps=None, callbacks=None):
@@ -649,6 +660,7 @@ class Model(Adding, keras.Model):
     def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
         """The loss and metrics of one batch."""
         logs = self._get_loop().batchwise.step("test", x, y, sample_weight)
+        self._evaluated_to(logs)
         return logs if return_dict else as_list(logs)
 
     def predict_on_batch(self, x):

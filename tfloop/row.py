@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import keras
 import tensorflow as tf
 
 from tfloop import _keras, names, terms
@@ -24,6 +25,9 @@ class NameBook:
 
     def names(self):
         return list(self._fixed)
+
+    def all_names(self):
+        return list(self._named())
 
     def fixed(self, name, entry, value):
         self._fixed.setdefault(name, (entry, value))
@@ -74,6 +78,37 @@ class NameBook:
         owners = [other for n, other, _, _ in self._metrics if n == name]  # and those of metrics that this step lacks
         owners += [layer for _, layer in names.walk(self._model) if name in terms.term_metrics(layer)]
         return name in self._fixed or (owner is not self._model and any(other is not owner for other in owners))
+
+
+def expected_names(model):
+    """The names of what an evaluation will return, as far as they are known before there is one.
+
+    What `call` adds is known after its first step, what `watch` finds when there is an evaluation.
+    """
+    paths = {id(layer): path for path, layer in names.walk(model)}
+    qualified = lambda name, owner: f"{paths[id(owner)] or model.name}/{name}"
+    book = NameBook(model, qualified)
+    parts = _expected_losses(model, qualified)
+    for name in ("loss", *(parts if len(parts) > 1 else ()), *_keras.compiled_metric_names(model)):
+        book.fixed(name, Column(name), None)
+    compiled = _keras.compiled_metrics(model)
+    for _, layer in names.walk(model):
+        own = _keras.own_metrics(layer) if isinstance(layer, keras.layers.Layer) else []
+        for name in (*(m.name for m in own if not any(m is c for c in compiled)), *terms.term_metrics(layer)):
+            book.metric(name, layer, Column(name), None)
+    return book.all_names()
+
+
+def _expected_losses(model, qualified):
+    outputs = _keras.compiled_loss_names(model)
+    compiled = [] if model.loss is None else outputs if len(outputs) > 1 else ["compiled_loss"]
+    added = [(t.name, owner) for _, owner in names.walk(model) for t in terms.losses_from_outside(owner)]
+    named = [(name, owner) for name, owner in added if name is not None]
+    taken = {"loss", "other_losses", *compiled, *_keras.compiled_metric_names(model)}
+    all_names = [name for name, _ in named]
+    shown = [qualified(n, owner) if n in taken or all_names.count(n) > 1 else n for n, owner in named]
+    others = len(named) < len(added) or _keras.has_regularizer(model)
+    return [*compiled, *dict.fromkeys(shown), *(["other_losses"] if others else [])]
 
 
 def flat_logs(logs):

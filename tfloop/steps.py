@@ -104,8 +104,7 @@ class ModelSteps:
     @property
     def version(self):
         """Changes with whatever makes a step another one: terms, parametrisations, averages."""
-        models = [(id(m), m._terms.version) for _, m in names.walk(self.model) if hasattr(m, "_terms")]
-        return (*models, *map(id, self.model._averages), self.guarded)
+        return (*terms.versions(self.model), *map(id, self.model._averages), self.guarded)
 
     @property
     def differs_when_compiled(self):

@@ -281,12 +281,23 @@ def term_metric(owner, name, aggregation="mean"):
     return found[name]
 
 
+def versions(model):
+    """What changes with the terms of a model and of those inside it."""
+    return tuple((id(m), m._terms.version) for _, m in names.walk(model) if hasattr(m, "_terms"))
+
+
 _NOTHING = Terms()
 
 
 def registry(owner):
     """The terms registered on a model; none for anything else."""
     return getattr(owner, "_terms", _NOTHING)
+
+
+def losses_from_outside(owner):
+    """The losses of a model that are known before a step: on symbolic tensors and functions."""
+    symbolic = [Loss(extra["name"], value) for kind, value, extra in vars(owner).get("_symbolic", ()) if kind == "loss"]
+    return [*symbolic, *registry(owner).losses]
 
 
 def resets_its_variables(metric):
