@@ -6,9 +6,11 @@ import pytest
 import scipy.sparse
 import tensorflow as tf
 from keras import layers, ops
+from keras.src.trainers.data_adapters.data_adapter_utils import class_weight_to_sample_weights
 
 import tfloop
 from tfloop.loop import arrays
+from tfloop.loop import source as sources
 
 X = np.random.default_rng(0).normal(size=(10, 3)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(10, 2)).astype("float32")
@@ -94,6 +96,43 @@ def test_structures_of_inputs_and_targets(kind):
     p, q = model.predict(x, verbose=0)
     assert p.shape == (10, 2)
     assert q.shape == (10, 1)
+
+
+LABELS = {
+    "negative": (np.array([-1, -1, 1, 1, 0], "float32"), {-1: 3.0, 1: 0.5}),
+    "negative only": (np.array([-1, -2, 1, 0, 7]), {-2: 3.0}),
+    "nearly whole": (np.array([0.1, 0.9, 1.5, 2.5, 1.2], "float32"), {0: 1.0, 1: 5.0, 2: 7.0}),
+    "in a column": (np.array([[3], [1], [5], [200], [0]], "uint8"), {1: 2.0, 200: 4.0}),
+    "one-hot": (np.eye(5, 4, dtype="float32"), {0: 2.0, 3: 4.0, 9: 5.0}),
+    "bool": (np.array([True, False, True, True, False]), {0: 2.0, 1: 4.0}),
+    "no weight": (np.array([0, 1, 2, 0, 1]), {}),
+}
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("kind", [np.asarray, tf.constant, tf.Variable])
+def test_class_weights_are_those_that_keras_gives(labels, kind):
+    y, class_weight = LABELS[labels]
+    transform = sources.weighing(class_weight)
+    data = X[:5], sources.as_array(kind(y))
+    expected = class_weight_to_sample_weights(y, class_weight)
+    np.testing.assert_array_equal(transform(data)[2], expected)
+    if kind is not np.asarray:
+        in_graph = tf.function(lambda x, y: transform((x, y))[2], autograph=False)
+        np.testing.assert_array_equal(in_graph(*data), expected)
+
+
+def test_arrays_of_python_strings_are_data():
+    texts = np.array(["a", "b", "c", "a", "b"], dtype=object)
+    histories = []
+    for base in (keras.Model, tfloop.Model):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((), dtype="string")
+        numbers = layers.StringLookup(vocabulary=["a", "b", "c"])(inputs)
+        model = base(inputs, layers.Dense(1)(layers.Embedding(5, 2)(numbers)))
+        model.compile("sgd", "mse")
+        histories.append(model.fit(texts, np.ones((5, 1)), batch_size=2, shuffle=False, verbose=0).history["loss"])
+    assert histories[1] == pytest.approx(histories[0], rel=1e-5)
 
 
 def test_sample_and_class_weights_weigh():

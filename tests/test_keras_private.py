@@ -42,6 +42,38 @@ def test_every_layer_and_operation_call_goes_through_operation_call():
     assert seen[0] == ("enter", "model")
 
 
+@pytest.mark.parametrize("graph", [False, True])
+def test_vectorized_map_traces_its_function_on_one_example(graph):
+    seen = []
+
+    def double(row):
+        seen.append((_keras.maps_entered(), *row.shape))
+        return 2.0 * row
+
+    function = lambda x: ops.vectorized_map(double, x)
+    before = tf.vectorized_map
+    with _keras.noticing_maps():
+        result = (tf.function(function) if graph else function)(tf.ones((4, 3)))
+        assert _keras.maps_entered() == 0
+    assert set(seen) == {(1, 3)} and tf.vectorized_map is before
+    np.testing.assert_array_equal(result, 2 * np.ones((4, 3)))
+
+
+def test_the_outermost_call_is_known():
+    seen = []
+
+    class Sees(layers.Layer):
+        def call(self, x):
+            seen.append(_keras.called_layer())
+            return x
+
+    model = keras.Sequential([layer := Sees()])
+    for called in (model, layer):
+        called(np.ones((1, 2)))
+        assert seen[-1] is called
+    assert _keras.called_layer() is None
+
+
 def test_bookkeeping_attributes_hide_no_layer_and_show_no_other():
     sequential = keras.Sequential([layers.Dense(2, name="d")])
     sequential(np.ones((1, 2)))
@@ -49,6 +81,58 @@ def test_bookkeeping_attributes_hide_no_layer_and_show_no_other():
     functional.compile("sgd", "mse")
     for model in (sequential, functional):
         assert list(names.layer_names(model).values()) == ["d"]
+
+
+def test_compiled_metric_names_and_output_losses():
+    model = compiled(metrics=[["mse", "mae"], ["mse"]])
+    assert set(_keras.compiled_metric_names(model)) == {"a_mse", "a_mae", "b_mse"}  # before the metrics are made
+    data = np.ones((2, 3)), [np.ones((2, 1)), np.ones((2, 1))]
+    logs = model.evaluate(*data, verbose=0, return_dict=True)
+    losses = [m.name for m in _keras.compiled_output_losses(model)]
+    assert losses == ["a_loss", "b_loss"] == _keras.compiled_loss_names(model)
+    assert set(_keras.compiled_metric_names(model)) == {"a_mse", "a_mae", "b_mse"} == set(logs) - {"loss", *losses}
+    assert _keras.compiled_metric_names(keras.Sequential()) == ()
+
+
+GIVEN = {
+    "names": {"metrics": [["mse", "mae"], []]},
+    "objects": {"metrics": [[keras.metrics.MeanSquaredError(name="m")], [keras.metrics.mean_absolute_error]]},
+    "a dict": {"metrics": {"b": "mse"}, "weighted_metrics": {"b": ["mse", "mae"]}},
+    "a dict in another order": {"metrics": {"b": "mse", "a": "mae"}},
+    "weighted": {"weighted_metrics": [["mse"], None]},
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_the_names_of_compiled_metrics_are_known_before_they_are_made(given):
+    model = compiled(**GIVEN[given])
+    before = _keras.compiled_metric_names(model)
+    model.evaluate(np.ones((2, 3)), [np.ones((2, 1)), np.ones((2, 1))], verbose=0)
+    assert before == _keras.compiled_metric_names(model)
+
+
+@pytest.mark.parametrize(
+    "loss", ["mse", ["mse", "mae"], {"b": "mse", "a": "mae"}], ids=["one", "several", "in another order"]
+)
+def test_the_names_of_losses_of_several_outputs_are_known_before_they_are_made(loss):
+    names = ["a_loss", "b_loss"]
+    model = compiled()
+    model.compile("sgd", loss)
+    assert _keras.compiled_loss_names(model) == names
+    model.evaluate(np.ones((2, 3)), [np.ones((2, 1)), np.ones((2, 1))], verbose=0)
+    assert _keras.compiled_loss_names(model) == names
+    one = keras.Sequential([keras.Input((3,)), layers.Dense(1)])
+    one.compile("sgd", "mse")
+    assert _keras.compiled_loss_names(one) == []
+
+
+def test_regularizers_of_weights_and_activities_are_found():
+    def dense(**options):
+        return keras.Sequential([keras.Input((2,)), layers.Dense(1, **options)])
+
+    assert not _keras.has_regularizer(dense())
+    assert _keras.has_regularizer(dense(bias_regularizer="l2"))
+    assert _keras.has_regularizer(dense(activity_regularizer="l2"))
 
 
 def test_tracked_layers_and_own_metrics():

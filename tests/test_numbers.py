@@ -257,6 +257,46 @@ def test_batch_logs_are_running_values_and_the_last_is_the_epoch_s():
     assert seen[-1] == pytest.approx(history)
 
 
+def large(owner, x, training=None):
+    for aggregation in ("mean", "min", "max", "last", "sum"):
+        owner.add_metric(tf.boolean_mask(x, x > 5.0), name=aggregation, aggregation=aggregation)
+
+
+NOT_COMPILED = pytest.mark.parametrize("mode", [MODES[m] for m in ("eager", "graph", "three")])
+
+
+@NOT_COMPILED
+def test_a_value_of_no_elements_is_left_out(mode):
+    """Of 0 to 3 none is larger than 5, of 4 to 7 the mean is 6.5, of 8 and 9 it is 8.5."""
+    expected = {"mean": (6.5 * 4 + 8.5 * 2) / 6, "min": 6.0, "max": 9.0, "last": 8.5, "sum": 30.0}
+    assert_logs(fit(compiled(Calling(large), **mode)), loss=4.5, **expected)
+    assert "mean" not in compiled(Calling(large), **mode).evaluate(X[:4], ZEROS[:4], verbose=0, return_dict=True)
+    infinite = compiled(Calling(lambda model, x, training: model.add_metric(x / 0.0, name="m")), **mode)
+    assert np.isnan(fit(infinite)["m"])
+
+
+@NOT_COMPILED
+def test_a_value_of_no_elements_is_left_out_of_several_batches_for_one_update(mode):
+    model = compiled(Calling(large), accumulate=3, **mode)
+    logs = fit(model)
+    expected = {"mean": (6.5 * 4 + 8.5 * 2) / 6, "min": 6.0, "max": 9.0, "last": 8.5, "sum": 30.0}
+    assert_logs(logs, loss=4.5, **expected)
+
+
+@NOT_COMPILED
+def test_a_metric_in_a_branch_that_was_never_taken_is_left_out(mode):
+    def call(model, x, training):
+        def add():
+            model.add_metric(ops.mean(x), name="large")
+            return 0.0
+
+        tf.cond(ops.mean(x) > 5.0, add, lambda: 0.0)
+
+    model = compiled(Calling(call), **mode)
+    logs = fit(model, validation_data=(X[:4], ZEROS[:4]))
+    assert_logs(logs, loss=4.5, large=(5.5 * 4 + 8.5 * 2) / 6, val_loss=1.5)
+
+
 # Order and names.
 
 
@@ -293,10 +333,87 @@ def test_metrics_names_names_what_evaluate_returned():
     assert dict(zip(model.metrics_names, values, strict=True)) == pytest.approx(as_dict)
 
 
+def with_everything():
+    model = functional(layers.Dense(1, name="dense"), regularizer="l2")
+    model.add_loss(ops.mean(model.output), name="symbolic")
+    model.add_loss(lambda t: 1.0 + 0.0 * ops.mean(t["dense"]), name="mae")
+    model.add_metric(lambda t: ops.mean(t["dense"]), name="mse")
+    model.add_metric(model.output, name="output")
+    return compiled(model, metrics=["mse", "mae"])
+
+
+def zipped(model):
+    """The idiom: the names are asked for first."""
+    return dict(zip(model.metrics_names, model.evaluate(X, ZEROS, batch_size=4, verbose=0), strict=True))
+
+
+def test_metrics_names_are_those_of_an_evaluation_before_there_is_one():
+    model = with_everything()
+    assert zipped(model) == pytest.approx(evaluate(model))
+    several = tfloop.Model(x := keras.Input((1,)), [layers.Dense(1, name=n)(x) for n in "ab"])
+    several.compile("sgd", ["mse", "mae"], metrics=[["mae"], ["mse"]])
+    names = several.metrics_names
+    assert names == list(several.evaluate(X, [ZEROS, ZEROS], verbose=0, return_dict=True))
+
+
+def test_metrics_names_follow_what_is_added_and_compiled():
+    model = with_everything()
+    evaluate(model)
+    model.add_metric(lambda t: ops.mean(t["x"]), name="late")
+    model.add_loss(lambda t: ops.mean(t["x"]), name="late_loss")
+    assert zipped(model) == pytest.approx(evaluate(model))
+    compiled(model, loss="mse", metrics=["mape"])
+    assert zipped(model) == pytest.approx(evaluate(model))
+    assert {"mape", "late"} < set(model.metrics_names)
+
+
+@pytest.mark.parametrize("how", ["fit", "test_on_batch"])
+def test_metrics_names_are_known_after_a_validation(how):
+    model = of_every_kind()
+    model.watch("out", "rms")
+    model.add_metric(lambda t: ops.mean(t["gradients/out/kernel"]), name="gradient")
+    if how == "fit":
+        fit(model, validation_data=(X, ZEROS))
+    else:
+        model.test_on_batch(X, ZEROS)
+    assert zipped(model) == pytest.approx(evaluate(model))
+
+
 def test_two_layers_with_one_metric_name_are_shown_by_their_paths():
     model = compiled(functional(Adds(metric("m"), name="first"), Adds(metric("m", 2), name="second")))
     assert_logs(fit(model), **{"loss": 4.5, "first/m": 4.5, "second/m": 9.0})
     assert_logs(evaluate(model), **{"loss": 4.5, "first/m": 4.5, "second/m": 9.0})
+
+
+def test_layers_that_share_a_metric_name_are_shown_by_their_paths_in_every_log():
+    def in_training(model, x, training):
+        model.both(x)
+        if training:
+            model.once(x)
+        model.last(x)
+
+    parts = {"both": Adds(metric("m")), "once": Adds(metric("m", 2)), "last": Adds(metric("n"))}
+    model = compiled(Calling(in_training, **parts))
+    logs = fit(model, validation_data=(X, ZEROS))
+    expected = {"loss": 4.5, "both/m": 4.5, "once/m": 9.0, "n": 4.5}
+    assert_logs(logs, **expected, **{"val_loss": 4.5, "val_both/m": 4.5, "val_n": 4.5})
+    model.once.metrics[0].reset_state()
+    assert "once/m" not in evaluate(model)
+    assert float(model.both.metrics[0].result()) == 4.5 and float(model.once.metrics[0].result()) == 0.0
+
+
+@every_mode
+def test_what_compute_metrics_returns_is_shown_under_its_name(mode):
+    class Own(Calling):
+        def compute_metrics(self, x, y, y_pred, sample_weight=None):
+            logs = super().compute_metrics(x, y, y_pred, sample_weight)
+            self.power.update_state(ops.mean(y_pred**2))
+            return {**logs, "alias": self.power.result(), "root": ops.sqrt(self.power.result())}
+
+    model = compiled(Own(lambda *_: None, power=keras.metrics.Mean(name="power")), metrics=["mse"], **mode)
+    logs = fit(model)
+    assert list(logs) == ["loss", "mse", "alias", "root", "power"]
+    assert logs["alias"] == logs["power"] == pytest.approx(np.mean([np.mean(X[i : i + 4] ** 2) for i in (0, 4, 8)]))
 
 
 def test_metric_objects_hold_what_the_log_shows():
@@ -356,6 +473,82 @@ def test_a_named_loss_with_a_name_of_the_log_s_own_gives_way(name):
     assert logs["compiled_loss"] == pytest.approx(4.5)
     assert logs["other_losses"] == pytest.approx(0.5)
     assert sorted(v for n, v in logs.items() if n.endswith(f"/{name}")) == pytest.approx([9.0])
+
+
+def test_a_named_loss_with_the_name_of_a_compiled_metric_gives_way():
+    model = functional()
+    model.add_loss(lambda t: 5.0 + 0.0 * ops.mean(t["y_pred"]), name="mse")
+    expected = {"loss": 9.5, "compiled_loss": 4.5, "model/mse": 5.0, "mse": 28.5}
+    logs = fit(compiled(model, metrics=["mse"]), validation_data=(X, ZEROS))
+    assert_logs(logs, **expected, **{f"val_{n}": v for n, v in expected.items()})
+
+
+def test_a_named_loss_with_the_name_of_a_compiled_metric_of_one_output_gives_way():
+    inputs = keras.Input((1,))
+    outputs = [layers.Dense(1, use_bias=False, kernel_initializer="ones", name=n)(inputs) for n in "ab"]
+    model = tfloop.Model(inputs, outputs, name="model")
+    model.add_loss(lambda t: 5.0 + 0.0 * ops.mean(t["a"]), name="a_mse")
+    model.compile(keras.optimizers.SGD(0.0), ["mae", "mae"], metrics=[["mse"], ["mse"]])
+    logs = model.evaluate(X, [ZEROS, ZEROS], batch_size=4, verbose=0, return_dict=True)
+    parts = {"loss": 14.0, "a_loss": 4.5, "b_loss": 4.5, "model/a_mse": 5.0}
+    assert logs == pytest.approx({**parts, "a_mse": 28.5, "b_mse": 28.5}, rel=1e-6)
+
+
+def own_compute_loss(mode=None):
+    class Own(Calling):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            return ops.mean(ops.abs(y_pred - y)) + sum(self.losses)
+
+    def call(model, x, training):
+        model.add_loss(2 * ops.mean(x), name="named")
+
+    model = Own(call)
+    model.compile(keras.optimizers.SGD(0.0), **(mode or {}))
+    return model
+
+
+@every_mode
+def test_losses_that_an_overridden_compute_loss_sums_are_shown(mode):
+    model = own_compute_loss(mode)
+    assert_logs(fit(model), loss=13.5, named=9.0, other_losses=4.5)
+    model.add_loss(lambda t: 3 * ops.mean(t["x"]), name="registered")
+    assert_logs(fit(model), loss=27.0, named=9.0, registered=13.5, other_losses=4.5)
+
+
+@every_mode
+def test_of_two_calls_in_a_step_the_losses_are_those_that_keras_keeps(mode):
+    class Twice(Calling):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                self(x, training=True)
+                base = ops.mean(ops.abs(self(2 * x, training=True) - y))
+                loss = base + sum(self.losses)  # Keras clears those of the first call when the second begins
+            self.minimize(loss, self.trainable_variables, tape=tape)
+            return {"loss": loss, "base": base}
+
+    model = Twice(lambda model, x, training: model.add_loss(ops.mean(x), name="named"))
+    model.compile(keras.optimizers.SGD(0.0), **mode)
+    assert_logs(fit(model), loss=18.0, base=9.0, named=9.0)
+
+
+@pytest.mark.parametrize("floatx", ["float32", "float64"])
+def test_losses_of_several_float_types_add_up(floatx):
+    keras.config.set_floatx(floatx)
+    try:
+
+        def call(layer, x):
+            layer.add_loss(2 * ops.mean(ops.cast(x, "float64")), name="double")
+            layer.add_loss(ops.mean(ops.cast(x, "float16")), name="half")
+            layer.add_loss(0.25)
+            layer.add_loss(ops.cast(0.25, "float64"))
+
+        model = functional(Adds(call, name="layer"))
+        model.add_loss(lambda t: np.float32(1.0), name="single")
+        logs = fit(compiled(model))
+        assert_logs(logs, loss=19.5, compiled_loss=4.5, double=9.0, half=4.5, single=1.0, other_losses=0.5)
+    finally:
+        keras.config.set_floatx("float32")
 
 
 def test_two_metrics_of_one_name_in_one_place_are_an_error():

@@ -1,6 +1,7 @@
 """Losses and metrics are part of a functional model that is saved, loaded or cloned, and of nobody's weights."""
 
 import copy
+import warnings
 
 import keras
 import numpy as np
@@ -113,6 +114,40 @@ def test_a_deep_copy_keeps_the_terms():
     fit(model)
     again = copy.deepcopy(model)
     assert evaluate(again) == pytest.approx(evaluate(model), rel=1e-6)
+
+
+@keras.saving.register_keras_serializable("test_saving")
+class Subclassed(tfloop.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.adds = Adds()
+        self.last = layers.Dense(1)
+        self.add_metric(lambda t: ops.mean(t["last"]), name="of_constructor")
+
+    def build(self, shape):
+        self.last.build(shape)
+        self.built = True
+
+    def call(self, x):
+        return self.last(self.adds(x))
+
+
+@pytest.mark.parametrize("make", [with_terms, Subclassed])
+def test_functions_are_in_a_deep_copy_and_a_file_says_that_it_lacks_them(make, tmp_path):
+    model = make()
+    model.compile(keras.optimizers.SGD(0.01), "mae")
+    model.add_loss(lambda t: ops.mean(t["last"] ** 2), name="function", weight=0.1)
+    model.add_metric(lambda t: ops.mean(t["x"]), name="mean_input")
+    model.watch("last", "rms")
+    fit(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*does not hold")
+        again = copy.deepcopy(model)
+    theirs = evaluate(model)
+    assert {"function", "mean_input", "last/rms"} < set(theirs)
+    assert evaluate(again) == pytest.approx(theirs, rel=1e-6)
+    with pytest.warns(UserWarning, match="a file does not hold them: 'function'.*'mean_input'"):
+        model.save(tmp_path / "model.keras")
 
 
 def test_a_trained_model_goes_on_where_it_was_saved(tmp_path):

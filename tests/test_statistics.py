@@ -94,3 +94,12 @@ def test_a_bad_registration_is_refused(arguments, message):
 def test_an_unknown_statistic_lists_what_there_is():
     with pytest.raises(ValueError, match="'mean', 'rms', 'norm'"):
         statistics.get_statistic("median")
+
+
+def test_of_a_ragged_tensor_the_elements_count_and_of_a_sparse_one_its_zeros_too():
+    rms, zeros = statistics.get_statistic("rms"), statistics.get_statistic("zeros")
+    ragged = tf.ragged.constant([[3.0], [], [0.0, 4.0]])
+    np.testing.assert_allclose(rms(ragged), np.sqrt(25 / 3), rtol=1e-6)
+    dense = np.array([[0, 3, 0], [4, 0, 0]], "float32")
+    np.testing.assert_allclose(rms(tf.sparse.from_dense(dense)), np.sqrt(25 / 6), rtol=1e-6)
+    np.testing.assert_allclose(zeros(tf.sparse.from_dense(dense)), 4 / 6, rtol=1e-6)

@@ -52,6 +52,46 @@ def test_layer_outputs_tags_and_further_calls_have_names(mode):
     np.testing.assert_allclose(last, model(x), rtol=1e-5)
 
 
+def test_a_key_of_an_output_does_not_hide_the_layer_of_its_name():
+    class Gaussian(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.mean = layers.Dense(2)
+
+        def call(self, x):
+            return {"mean": 10.0 * self.mean(x), "other": x}
+
+    class Whole(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.encoder = Gaussian()
+
+        def call(self, x):
+            return self.encoder(x)["mean"] + self.encoder(2.0 * x)["mean"]
+
+    model = Whole()
+    with tfloop.capture(model) as t:
+        model(np.ones((2, 4), "float32"))
+    assert list(t) == [
+        *("encoder/mean", "encoder/mean:1", "encoder/other"),
+        *("encoder/mean:2", "encoder:1/mean", "encoder:1/other"),
+    ]
+    np.testing.assert_allclose(t["encoder/mean:1"], 10.0 * t["encoder/mean"], rtol=1e-6)
+    np.testing.assert_allclose(t["encoder:1/mean"], 20.0 * t["encoder/mean"], rtol=1e-6)
+
+
+def test_names_of_layers_are_not_those_of_the_step():
+    inputs = keras.Input((3,))
+    inner = keras.Sequential([keras.Input((3,)), layers.Dense(2, name="kernel")], name="weights")
+    model = keras.Model(inputs, layers.Dense(2, name="y")(inner(inputs)))
+    with tfloop.capture(model) as t:
+        model(np.ones((2, 3), "float32"))
+    assert list(t) == ["weights:1/kernel", "weights", "y:1"]
+    for name in ("y", "x/0", "losses/a"):
+        with pytest.raises(ValueError, match="the step's own"), tfloop.capture(model):
+            tfloop.tag(tf.ones(1), name)
+
+
 def test_structures_are_flattened_into_names():
     lstm = layers.LSTM(3, return_state=True)
     inputs = keras.Input((4, 2))

@@ -105,6 +105,66 @@ def test_a_weight_may_be_a_schedule_of_completed_updates(mode):
     np.testing.assert_allclose(history["val_one"], [3.0, 6.0])
 
 
+class Weighted(tfloop.Layer):
+    """Adds the loss 1, in `call` or as a function."""
+
+    def __init__(self, weight, in_call):
+        super().__init__()
+        self._options = {"name": "one", "weight": weight}
+        self._in_call = in_call
+        if not in_call:
+            self.add_loss(lambda: tf.constant(1.0), **self._options)
+
+    def call(self, x):
+        if self._in_call:
+            self.add_loss(tf.constant(1.0), **self._options)
+        return x
+
+
+def with_weight(weight, where, **compiled):
+    """A model with a loss that is 1, added in one of the ways there are."""
+    inputs = keras.Input((3,))
+    layer = Weighted(weight, where == "call") if where in ("call", "function") else layers.Identity()
+    model = tfloop.Model(inputs, layers.Dense(2, name="out")(layer(inputs)))
+    if where == "symbolic":
+        model.add_loss(0.0 * ops.mean(model.output) + 1.0, name="one", weight=weight)
+    elif where == "registry":
+        model.add_loss(lambda t: 1.0 + 0.0 * ops.mean(t["out"]), name="one", weight=weight)
+    model.compile(keras.optimizers.SGD(0.0), "mse", **compiled)
+    return model
+
+
+WHERE = ["registry", "symbolic", "call", "function"]
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize(
+    "weight", [lambda step: step, lambda step: step / 1, lambda step: 1.0 * ops.cast(step, "float16"), tf.identity]
+)
+def test_a_schedule_may_give_a_number_of_any_type(where, weight):
+    model = with_weight(weight, where, jit_compile=False)
+    assert fit(model)["one"] == pytest.approx([(0 * 4 + 1 * 4 + 2 * 2) / 10])
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("kind", [tf.Variable, keras.Variable])
+@pytest.mark.parametrize("mode", ["eager", "graph", "loop"])
+def test_a_weight_may_be_a_variable_that_is_read_in_every_step(where, kind, mode):
+    weight = kind(0.0)
+    model = with_weight(weight, where, **MODES[mode])
+    callback = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: weight.assign(epoch))
+    assert fit(model, epochs=3, callbacks=[callback])["one"] == [0.0, 1.0, 2.0]
+
+
+def test_a_file_holds_the_value_of_a_weight_that_is_a_variable(tmp_path):
+    weight = tf.Variable(0.0)
+    model = with_weight(weight, "symbolic")
+    weight.assign(3.0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.evaluate(X, Y, verbose=0, return_dict=True)["one"] == 3.0
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_aggregations_are_really_done(mode):
     model = net(**MODES[mode])
@@ -214,6 +274,42 @@ def test_every_n_steps(mode):
     np.testing.assert_allclose(history["x/mean"], [first, means[1]], rtol=1e-5)  # and step 4
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_an_evaluation_measures_every_step(mode):
+    model = net(**MODES[mode])
+    model.watch("x", "mean", every=3)
+    model.watch("x", "max", every=7)
+    history = fit(model, epochs=2, validation_data=(X, Y), validation_batch_size=4)
+    np.testing.assert_allclose(history["val_x/mean"], [X.mean()] * 2, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(history["val_x/max"], [X.max()] * 2, rtol=1e-6)
+    assert model.test_on_batch(X, Y, return_dict=True)["x/max"] == X.max()
+
+
+def test_layers_called_as_the_batch_is_do_not_hide_it():
+    class Named(tfloop.Model):
+        def __init__(self):
+            super().__init__()
+            self.x = layers.Dense(3)
+            self.y = layers.Dense(2, activation="relu")
+
+        def call(self, inputs):
+            return self.y(self.x(inputs)) + self.y(inputs)
+
+    model = Named()
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    for name in ("x", "y"):
+        model.add_metric(lambda t, name=name: ops.mean(t[name]), name=name)
+    model.add_metric(lambda t: ops.mean((t["y"] - t["y_pred"]) ** 2), name="mse")
+    model.watch("*", "mean")
+    model.watch("weights/y/*", "mean")
+    history = fit(model)
+    assert list(history)[4:] == ["x:1/mean", "y:1/mean", "y:2/mean", "weights/y/kernel/mean", "weights/y/bias/mean"]
+    assert history["x"] == pytest.approx([X.mean()], rel=1e-5) and history["y"] == pytest.approx([Y.mean()], rel=1e-5)
+    assert history["mse"] == pytest.approx(history["loss"], rel=1e-5)
+    np.testing.assert_allclose(history["x:1/mean"], np.mean(X @ model.x.kernel), rtol=1e-4)
+    np.testing.assert_allclose(history["y:2/mean"], np.mean(np.maximum(X @ model.y.kernel, 0)), rtol=1e-4)
+
+
 def test_min_and_max_over_the_epoch():
     model = net()
     model.watch("x", "min")
@@ -236,6 +332,43 @@ def test_gradients_are_left_out_of_evaluation():
     assert [k for k in history if k.startswith("val_")] == ["val_loss"]
 
 
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("make", [tf.RaggedTensor.from_tensor, tf.sparse.from_dense])
+def test_tensors_that_are_not_dense_are_watched(mode, make):
+    class Makes(tfloop.Model):
+        def __init__(self):
+            super().__init__()
+            self.make = layers.Lambda(make)
+            self.out = layers.Dense(2)
+
+        def call(self, x):
+            tfloop.tag(self.make(x), "tagged")
+            return self.out(x)
+
+    model = Makes()
+    model.compile("sgd", "mse", **MODES[mode])
+    model.watch("*", "mean")
+    history = fit(model)
+    assert list(history) == ["loss", "make/mean", "tagged/mean", "out/mean"]
+    np.testing.assert_allclose([history["make/mean"], history["tagged/mean"]], X.mean(), rtol=1e-5)
+
+
+def test_what_an_inner_model_watches_is_shown_under_full_names():
+    inner = tfloop.Model(x := keras.Input((3,)), layers.Dense(2, name="hidden")(x), name="inner")
+    model = tfloop.Model(x := keras.Input((3,)), layers.Dense(2, name="out")(inner(x)))
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    inner.watch("*", "mean")
+    inner.watch("gradients/*/kernel", "norm", every=2)
+    model.watch("inner/hidden", "mean")
+    history = fit(model, validation_data=(X, Y))
+    watched = ["inner/hidden/mean", "gradients/inner/hidden/kernel/norm"]
+    assert list(history) == ["loss", *watched, "val_loss", "val_inner/hidden/mean"]
+    np.testing.assert_allclose(history["val_inner/hidden/mean"], np.mean(inner(X)), rtol=1e-4, atol=1e-6)
+    inner.watch("absent")
+    with pytest.raises(ValueError, match=r"'absent'.*matches no tensor.*'hidden'"):
+        fit(model)
+
+
 # Errors.
 
 ERRORS = {
@@ -251,6 +384,11 @@ ERRORS = {
     "an unknown aggregation": (lambda m: m.add_metric(lambda t: 0.0, "a", "median"), ValueError, "'median'"),
     "a function of two": (lambda m: m.add_loss(lambda a, b: 0.0), TypeError, "2 arguments"),
     "a weight that is no number": (lambda m: m.add_loss(lambda t: 0.0, weight="x"), TypeError, "weight='x'"),
+    "a weight that is a vector": (
+        lambda m: m.add_loss(lambda t: 0.0, weight=tf.Variable([1.0, 2.0])),
+        TypeError,
+        "scalar",
+    ),
     "a weight that is not finite": (lambda m: m.add_loss(lambda t: 0.0, weight=np.nan), ValueError, "finite"),
     "a metric object": (lambda m: m.add_metric(keras.metrics.Mean(name="m"), name="m"), TypeError, "calling it"),
     "an unknown statistic": (lambda m: m.watch("*", "median"), ValueError, "There is 'mean'"),
@@ -268,6 +406,49 @@ def test_what_is_wrong_is_said_at_once(case):
     add, error, message = ERRORS[case]
     with pytest.raises(error, match=message):
         add(net())
+
+
+def test_a_loss_name_is_taken_once_whatever_the_losses_are():
+    model = tfloop.Model(x := keras.Input((3,)), y := layers.Dense(2, name="out")(x))
+    model.add_loss([ops.mean(y), ops.mean(y**2)], name="both")  # one loss, of two parts
+    model.add_loss(lambda t: ops.mean(t["out"]), name="function")
+    for name in ("both", "function"):
+        for value in (ops.mean(y), lambda t: 0.0):
+            with pytest.raises(ValueError, match=f"{name}.*already has a loss"):
+                model.add_loss(value, name=name)
+    model.compile(keras.optimizers.SGD(0.0))
+    history = fit(model)
+    values = model(X).numpy()
+    assert history["both"] == pytest.approx([values.mean() + np.mean(values**2)], rel=1e-4)
+    assert list(history) == ["loss", "both", "function"]
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize("where", ["call", "function"])
+def test_a_schedule_in_a_layer_needs_somebody_who_counts_updates(where, run_eagerly):
+    layer = Weighted(lambda step: ops.cast(step, "float32"), where == "call")
+    model = keras.Sequential([keras.Input((3,)), layer, layers.Dense(2)])
+    model.compile("sgd", "mse", run_eagerly=run_eagerly)
+    if where == "call" or not run_eagerly:
+        with pytest.raises(ValueError, match="a plain keras"):
+            model.fit(X, Y, verbose=0)
+    ours = tfloop.Model(model.inputs, model.outputs)
+    ours.compile(keras.optimizers.SGD(0.0), "mse", run_eagerly=run_eagerly)
+    assert fit(ours)["one"] == pytest.approx([(0 * 4 + 1 * 4 + 2 * 2) / 10])
+    if where == "call":
+        ours(X, training=True)
+        assert [float(loss) for loss in ours.losses] == [3.0]  # in a plain call, the model's count
+
+
+def test_a_statistic_that_is_no_scalar_is_named_with_its_tensor():
+    @tfloop.register_statistic(name="means_of_columns")
+    def means_of_columns(tensor):
+        return tf.reduce_mean(tensor, 0)
+
+    model = net()
+    model.watch("hidden", "means_of_columns")
+    with pytest.raises(ValueError, match=r"'means_of_columns' of 'hidden' gave a tensor of shape \(4,\)"):
+        fit(model)
 
 
 TRACED = {
@@ -290,3 +471,49 @@ def test_what_only_the_step_knows_is_said_before_training(case, mode):
     with pytest.raises(error, match=message):
         fit(model)
     np.testing.assert_array_equal(before, model.out.kernel)
+
+
+class Mapped(tfloop.Model):
+    """Goes through its examples one by one, in a `vectorized_map`, and does `then` with the model and one's output."""
+
+    def __init__(self, then):
+        super().__init__()
+        self.hidden = layers.Dense(2)
+        self._then = then
+
+    def build(self, shape):
+        self.hidden.build((None, 3))
+        self.built = True
+
+    def call(self, x):
+        def of_one_example(row):
+            hidden = self.hidden(row[None])[0]
+            self._then(self, hidden)
+            return hidden
+
+        return ops.vectorized_map(of_one_example, x)
+
+
+def mapped(mode, then=lambda model, hidden: tfloop.tag(hidden, "tagged")):
+    model = Mapped(then)
+    model.compile(keras.optimizers.SGD(0.0), "mse", **MODES[mode])
+    return model
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("name", ["hidden", "tagged"])
+def test_what_is_made_in_a_vectorized_map_cannot_be_had(mode, name):
+    model = mapped(mode)
+    history = fit(model)
+    assert history["loss"] == pytest.approx([np.mean((X @ model.hidden.kernel + model.hidden.bias - Y) ** 2)], rel=1e-5)
+    model.add_metric(lambda t: ops.mean(t[name]), name="m")
+    with pytest.raises(KeyError, match=f"{name}.*vectorized_map"):
+        fit(model)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("add", ["add_loss", "add_metric"])
+def test_nothing_can_be_added_in_a_vectorized_map(mode, add):
+    model = mapped(mode, lambda model, hidden: getattr(model, add)(ops.mean(hidden), name="of_one"))
+    with pytest.raises(ValueError, match=rf"{add}\(name='of_one'\).*one example"):
+        fit(model)

@@ -831,3 +831,39 @@ def test_only_a_step_of_one_s_own_knows_what_it_calls_the_model_with(make, first
         logs.append(model.optimizer.iterations.numpy())
         found.append(np.concatenate([np.ravel(v) for v in (*logs, *model.get_weights())]))
     np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
+
+
+def updated_late(base, **options):
+    """A metric updated after Keras' own step has gathered the results; and one after the user's has."""
+
+    class Late(base):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(1)
+            self.target = keras.metrics.Mean(name="target")
+
+        def call(self, x):
+            return self.dense(x)
+
+        def train_step(self, data):
+            logs = super().train_step(data)
+            self.target.update_state(data[1])
+            return logs
+
+        def test_step(self, data):
+            self.compute_loss(y=data[1], y_pred=self(data[0], training=False))
+            logs = {m.name: m.result() for m in self.metrics}
+            self.target.update_state(10 * data[1])
+            return logs
+
+    model = Late()
+    model.compile("sgd", "mse", **options)
+    return model
+
+
+@some_modes
+def test_a_metric_may_be_updated_after_its_result_was_taken(mode):
+    history = train(updated_late, tfloop.Model, validate=True, **mode)
+    assert history["target"] == pytest.approx([Y.mean()] * 2, rel=1e-5)
+    assert_same_logs(updated_late, mode)
+    assert history["val_target"] == pytest.approx([10 * Y.mean()] * 2, rel=1e-5)

@@ -130,6 +130,45 @@ def observing_calls(observers):
         yield
 
 
+@contextlib.contextmanager
+def noticing_maps():
+    """Lets `maps_entered` count the `vectorized_map`s whose function is traced.
+
+    TensorFlow does that in the graph around it, on one example, and makes operations on all examples of what it
+    finds: what somebody keeps there of a tensor is the one example's. `keras.ops.vectorized_map` looks TensorFlow's
+    up when it is called.
+    """
+
+    def wrap(original):
+        @functools.wraps(original)
+        def vectorized_map(fn, *args, **kwargs):
+            @functools.wraps(fn)
+            def of_one_example(*elements):
+                with _in_map():
+                    return fn(*elements)
+
+            return original(of_one_example, *args, **kwargs)
+
+        return vectorized_map
+
+    with patched(tf, "vectorized_map", wrap):
+        yield
+
+
+@contextlib.contextmanager
+def _in_map():
+    _thread.maps = maps_entered() + 1
+    try:
+        yield
+    finally:
+        _thread.maps -= 1
+
+
+def maps_entered():
+    """How many `vectorized_map`s trace their function in this thread now, each within the one before."""
+    return getattr(_thread, "maps", 0)
+
+
 def seed_generators(layer):
     """The seed generators that Keras tracks for a layer itself. Only their states are public, mixed
     with the weights in `Layer.variables`."""
@@ -173,9 +212,71 @@ def compiled_metrics(model):
     """The metric objects that `compile` made: the loss tracker, the compiled metrics, a tracker per output."""
     if not getattr(model, "compiled", False):
         return []
-    compile_loss = model._compile_loss
-    found = [model._loss_tracker, model._compile_metrics, *(compile_loss.metrics if compile_loss else ())]
+    found = [model._loss_tracker, model._compile_metrics, *compiled_output_losses(model)]
     return [m for m in found if m is not None]
+
+
+def compiled_metric_names(model):
+    """The names of what `compile(metrics=...)` shows; before Keras has made the metrics, as they were given."""
+    metric = getattr(model, "_compile_metrics", None)
+    if metric is None:
+        return ()
+    if not metric.built:
+        return tuple(dict.fromkeys(_names_as_given(metric)))
+    if "_names_by_tfloop" not in vars(metric):  # asked of the result once: some of them are made by counting
+        vars(metric)["_names_by_tfloop"] = tuple(path[-1] for path, _ in leaves(metric.result()))
+    return vars(metric)["_names_by_tfloop"]
+
+
+def _names_as_given(metric):
+    seen = set()
+    for given in (metric._user_metrics, metric._user_weighted_metrics):
+        found = []
+        for output, part in _by_output(given, metric.output_names):
+            in_front = f"{output}_" if output else ""
+            for name in filter(None, map(_name_of, keras.tree.flatten(part))):
+                found.append(f"{in_front}{name}" if f"{in_front}{name}" not in seen else f"{in_front}weighted_{name}")
+        yield from found
+        seen.update(found)
+
+
+def _by_output(given, outputs):
+    """`(output, what was given for it)`, without the output where there is one alone."""
+    outputs = outputs or ()
+    if isinstance(given, dict):
+        order = [output for output in outputs if output in given] or given
+        return [(output if len(outputs) != 1 else "", given[output]) for output in order]
+    if isinstance(given, list | tuple) and len(outputs) == len(given) > 1:
+        return list(zip(outputs, given, strict=True))
+    return [("", given)]
+
+
+def _name_of(metric):
+    return metric if isinstance(metric, str | None) else getattr(metric, "name", getattr(metric, "__name__", None))
+
+
+def compiled_output_losses(model):
+    """The metric objects in which Keras keeps the loss of each of several outputs."""
+    compile_loss = getattr(model, "_compile_loss", None)
+    return compile_loss.metrics if compile_loss is not None else []
+
+
+def compiled_loss_names(model):
+    """The names of the losses of several outputs, also before Keras has made them; of one output none."""
+    if made := compiled_output_losses(model):
+        return [metric.name for metric in made]
+    outputs = getattr(model, "output_names", None) or ()
+    given = {output: loss for output, loss in _by_output(model.loss, outputs) if output}
+    if not given and len(outputs) > 1:  # one for all of them
+        given = dict.fromkeys(outputs, model.loss)
+    return [f"{output}_loss" for output, loss in given.items() if loss is not None]
+
+
+def has_regularizer(model):
+    """Whether there are losses of weights or activities, which Keras adds itself."""
+    of_activities = (getattr(layer, "activity_regularizer", None) for layer in model._flatten_layers())
+    of_weights = (getattr(variable, "regularizer", None) for variable in model.trainable_variables)
+    return any(found is not None for found in (*of_activities, *of_weights))
 
 
 def inner_metrics(metric):
@@ -558,6 +659,12 @@ def call_context():
     It lives as long as that call, so that what must be made once a forward pass can hang on it.
     """
     return global_state.get_global_attribute("current_call_ctx")
+
+
+def called_layer():
+    """The layer or model whose call is the outermost one in this thread, or `None` outside one."""
+    context = call_context()
+    return None if context is None else context.entry_layer
 
 
 def call_training():

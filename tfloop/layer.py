@@ -5,6 +5,7 @@ plain call, and under Keras' own `fit`, losses go where Keras keeps them and met
 """
 
 import keras
+import tensorflow as tf
 
 from tfloop import _keras, terms
 from tfloop.statistics import check_aggregation
@@ -21,7 +22,8 @@ class Adding:
             value: a tensor of any shape, averaged over its elements, or a number, or a list of them; or a
                 function without arguments.
             name: str, under which the weighted loss is shown. Unnamed losses are shown together.
-            weight: float, or a function of the number of completed updates (an int64 scalar).
+            weight: float; a scalar variable, which every step reads; or a function of the number of completed
+                updates, an int64 scalar.
             inputs: taken for code written for Keras 2, and not used.
 
         Raises `ValueError` when called outside `call` with a tensor, which could not be computed anew.
@@ -63,12 +65,17 @@ class Adding:
                 "Expected a symbolic tensor or a callable for the loss value. Outside `call` please wrap the loss "
                 f"computation in a function: add_loss(lambda: ...), or add_loss(lambda t: ...). Got {value!r}."
             )
+        check_leaves(f"add_loss(name={name!r})")
+        loss = self._weighted_loss(value, f"add_loss(name={name!r})", weight, name)
+        keras.layers.Layer.add_loss(self, loss)
+
+    def _weighted_loss(self, value, what, weight, name):
+        """The loss as a weighted scalar, of which the step is told."""
+        loss = terms.weighted(terms.mean_scalar(value, what), weight, completed_updates(weight, what))
         step = current_step()
-        updates = getattr(step, "updates", 0)
-        weighted = terms.mean_scalar(value, f"add_loss(name={name!r})") * terms.weight_at(weight, updates)
-        keras.layers.Layer.add_loss(self, weighted)
         if hasattr(step, "note_loss"):
-            step.note_loss(weighted, name, self)
+            step.note_loss(loss, name, self)
+        return loss
 
     def add_metric(self, value=None, name=None, aggregation="mean"):
         """Adds a metric: a value that is logged and changes nothing. Called inside `call`.
@@ -124,6 +131,7 @@ class Adding:
         return value
 
     def _gather_metric(self, value, name, aggregation):
+        check_leaves(f"add_metric(name={name!r})")
         same = [m for m in _keras.own_metrics(self) if m.name == name]
         if len(same) > 1:
             raise ValueError(terms.two_of_one_name(name) + f" We found {len(same)} metrics with the name {name!r}.")
@@ -157,7 +165,8 @@ class Adding:
     def __call__(self, *args, **kwargs):
         for metric in _keras.own_metrics(self):
             _keras.mark_results(metric)
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]  # that of the layer this is mixed into
+        with _keras.noticing_maps():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]  # that of the layer this is mixed into
 
     def _refuse(self, what):
         raise ValueError(
@@ -176,6 +185,34 @@ class Adding:
 
     def _register_loss(self, value, name, weight):
         self._refuse(f"add_loss(name={name!r})")
+
+
+def completed_updates(weight, what):
+    """The number of completed updates, for a weight that is a function of it.
+
+    Raises `ValueError` in training where nobody counts them.
+    """
+    step, model = current_step(), _keras.called_layer()
+    if step is not None or not callable(weight):
+        return getattr(step, "updates", 0)
+    if hasattr(model, "_terms"):
+        return 0 if model._updates is None else model._updates.read_value()
+    traced = model is None and tf.inside_function()  # a layer's loss function, read by Keras' own training step
+    if traced or (isinstance(model, keras.Model) and _keras.call_training() and not _keras.in_symbolic_scope()):
+        raise ValueError(
+            f"{what}: its weight is a function of the number of completed updates, which a plain keras.Model does not "
+            "count. Make the model a tfloop.Model, or give a weight that is a variable, and assign to it."
+        )
+    return 0
+
+
+def check_leaves(what):
+    """Raises `ValueError` for a value of one example, which cannot be made that of all of them."""
+    if _keras.maps_entered():
+        raise ValueError(
+            f"{what} inside a vectorized_map: its function sees one example, and the value cannot leave it. Return the "
+            "value from the function, and add it outside."
+        )
 
 
 def inside_call():
@@ -215,12 +252,8 @@ class Layer(Adding, keras.layers.Layer):
     def _get_own_losses(self):
         """Keras gathers a model's losses by this method; functions added outside `call` are evaluated here."""
         found = super()._get_own_losses()
-        step = current_step()
         for function, name, weight in self.__dict__.get("_loss_functions", ()):
-            value = terms.mean_scalar(function(), f"add_loss({terms.label(function)})")
-            found.append(value * terms.weight_at(weight, getattr(step, "updates", 0)))
-            if hasattr(step, "note_loss"):
-                step.note_loss(found[-1], name, self)
+            found.append(self._weighted_loss(function(), f"add_loss({terms.label(function)})", weight, name))
         return found
 
     @property

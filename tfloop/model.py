@@ -8,6 +8,7 @@ import functools
 import inspect
 import math
 import warnings
+from typing import cast
 
 import keras
 import tensorflow as tf
@@ -21,7 +22,7 @@ from tfloop.loop import fitting
 from tfloop.loop.accumulation import micro_batches
 from tfloop.model_step import ModelStep, model_step
 from tfloop.plain import plain_variable
-from tfloop.row import merged
+from tfloop.row import expected_names, merged
 from tfloop.step import current_step, running
 from tfloop.steps import ModelSteps
 
@@ -81,7 +82,8 @@ class Model(Adding, keras.Model):
                 and gradient.
             name: str, under which the loss is logged as it enters the total (weighted). Unnamed losses are
                 logged together as `other_losses`.
-            weight: float, or a function of the number of completed updates, an int64 scalar: 0 in the first step.
+            weight: float; a scalar variable, which every step reads; or a function of the number of completed
+                updates, an int64 scalar: 0 in the first step.
             inputs: taken for code written for Keras 2, and not used.
 
         Works as a decorator; may be called after `compile` and between two fits.
@@ -98,6 +100,8 @@ class Model(Adding, keras.Model):
         """
         if value is None and not inside_call():
             return lambda function: self.add_loss(function, name=name, weight=weight) or function
+        if name is not None and not inside_call():
+            self._check_new_loss(name)
         super().add_loss(value, name=name, weight=weight, inputs=inputs)
         return value if callable(value) and not isinstance(value, keras.Variable) else None
 
@@ -113,9 +117,16 @@ class Model(Adding, keras.Model):
 
     def _check_new_metric(self, name):
         """Two metrics of one name in one place: an attribute, a symbolic or a registered one has it already."""
-        symbolic = [extra["name"] for kind, _, extra in self.__dict__.get("_symbolic", ()) if kind == "metric"]
-        if name in (*(m.name for m in _keras.own_metrics(self)), *symbolic, *(t.name for t in self._terms.metrics)):
+        attributes, registered = (m.name for m in _keras.own_metrics(self)), (t.name for t in self._terms.metrics)
+        if name in (*attributes, *self._symbolic_names("metric"), *registered):
             raise ValueError(terms.two_of_one_name(name))
+
+    def _check_new_loss(self, name):
+        if name in (*self._symbolic_names("loss"), *(term.name for term in self._terms.losses)):
+            raise ValueError(terms.two_losses_of_one_name(name))
+
+    def _symbolic_names(self, kind):
+        return [extra["name"] for known, _, extra in self.__dict__.get("_symbolic", ()) if known == kind]
 
     def watch(self, pattern, statistic="rms", every=1):
         """Logs a statistic of every tensor whose name matches, as `<tensor>/<statistic>`.
@@ -136,6 +147,43 @@ class Model(Adding, keras.Model):
         ```
         """
         self._terms.watch(pattern, statistic, every)
+
+    def get_build_config(self):
+        """As Keras' own. A model that is no graph is saved by this, and by a `get_config` that may be the user's."""
+        if not isinstance(self, FunctionalModel):
+            self._warn_of_functions()
+        return super().get_build_config()
+
+    def _warn_of_functions(self):
+        """Says what a file does not hold."""
+        found = [term.name or terms.label(term.value) for term in (*self._terms.losses, *self._terms.metrics)]
+        if found:
+            warnings.warn(
+                f"{self.name!r} has losses or metrics that are functions of the step's tensors, and a file does not "
+                f"hold them: {names.listing(found)}. Add them again to the loaded model, if its constructor does not.",
+                stacklevel=3,
+            )
+
+    def __deepcopy__(self, memo):
+        """A copy by way of a file, as Keras makes it, with the functions that a file does not hold."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* functions of the step's tensors")
+            make, arguments = cast(tuple, self.__reduce__())
+            copied = memo[id(self)] = make(*arguments)
+        copies = dict(names.walk(copied))
+        for path, source in names.walk(self):
+            if isinstance(source, Model) and isinstance(copies.get(path), Model):
+                copies[path]._take_functions(source)
+        return copied
+
+    def _take_functions(self, source):
+        """Takes the terms of another model that are functions, but for those that are here already."""
+        for term in source._terms.losses[len(self._terms.losses) :]:
+            self._terms.add_loss(term.value, term.name, term.weight)
+        for term in source._terms.metrics[len(self._terms.metrics) :]:
+            self._register_metric(term.value, term.name, term.aggregation)
+        self._terms.watches.extend(w for w in source._terms.watches if w not in self._terms.watches)
+        self._terms.version += 1
 
     # Weights.
 
@@ -229,7 +277,7 @@ class Model(Adding, keras.Model):
         named, others = ({}, self.losses) if step is None else step.named_losses(self.losses, taken)
         parts = {**compiled, **named}
         if others:
-            parts["other_losses"] = tf.add_n([terms.mean_scalar(v, "an added loss") for v in others])
+            parts["other_losses"] = terms.total([terms.mean_scalar(v, "an added loss") for v in others])
         if not parts:
             if step is None:
                 return tf.zeros(())
@@ -237,7 +285,7 @@ class Model(Adding, keras.Model):
                 "There is no loss to minimise. Give one to compile(loss=...), or add one: "
                 "model.add_loss(lambda t: ...), or self.add_loss(...) inside `call`."
             )
-        total = tf.add_n([tf.cast(v, tf.float32) if v.dtype != tf.float64 else v for v in parts.values()])
+        total = terms.total(parts.values())
         if step is not None:
             step.loss_parts, step.computed_loss = parts, total
         return total
@@ -268,17 +316,21 @@ class Model(Adding, keras.Model):
             return
         loss = terms.mean_scalar(loss, "the loss")
         step.loss = loss
-        if loss is not step.computed_loss and (step.loss_parts or step.registry_losses_read):
-            parts = step.loss_parts or step.named_losses([t for t, _, _ in step.registry_losses_read])[0]
-            rest = loss - tf.add_n([tf.cast(v, loss.dtype) for n, v in parts.items() if n != "other_losses"])
-            step.loss_parts = {**{n: v for n, v in parts.items() if n != "other_losses"}, "other_losses": rest}
+        parts = step.loss_parts or step.named_losses(step.losses_read or ())[0]
+        parts = {name: value for name, value in parts.items() if name != "other_losses"}
+        if loss is not step.computed_loss and parts:
+            rest = loss - tf.cast(terms.total(parts.values()), loss.dtype)
+            step.loss_parts = {**parts, "other_losses": rest}
 
     @property
     def losses(self):
         """The losses that `call` and regularisers added; in a step those of the registry too, weighted."""
         step = model_step(self)
         added = list(super().losses)
-        return added if step is None else added + step.registry_losses()
+        if step is None:
+            return added
+        step.losses_read = added + step.registry_losses()
+        return list(step.losses_read)
 
     def minimize(self, loss, variables, optimizer=None, tape=None):
         """One correct update: loss scale, gradients, clipping by the optimizer, finite check, update.
@@ -459,6 +511,7 @@ class Model(Adding, keras.Model):
         if self._updates is None:
             self.__dict__["_updates"] = plain_variable(0, dtype=tf.int64, name="updates")
         self.__dict__["_loop"] = None
+        self.__dict__["_evaluated"] = None, None
         self.__dict__["_tracks_loss"] = False
         self.__dict__["_as_compiled"] = {
             layer: (layer.trainable, [(v, v.trainable) for v in _keras.own_trainable_variables(layer)])
@@ -503,8 +556,15 @@ class Model(Adding, keras.Model):
 
     @property
     def metrics_names(self):
-        """The names of the values that `evaluate` returned; before that, those of the metric objects."""
-        return self.__dict__.get("_evaluated_names") or [m.name for m in self.metrics]
+        """The names of the values that `evaluate` returns: of the latest evaluation of the model as it is now.
+
+        Before there is one, those that are known: `call` and `watch` may add some.
+        """
+        known, version = self.__dict__.get("_evaluated", (None, None))
+        return list(known) if known and version == terms.versions(self) else expected_names(self)
+
+    def _evaluated_to(self, logs):
+        self.__dict__["_evaluated"] = tuple(logs), terms.versions(self)
 
     @property
     def engine(self):
@@ -569,7 +629,7 @@ class Model(Adding, keras.Model):
         """
         refuse_swapped(self)
         self.__dict__["_averages"] = [c for c in callback_objects(callbacks) if isinstance(c, WeightAverage)]
-        return self._get_loop().fit(
+        history = self._get_loop().fit(
             x,
             y,
             batch_size=batch_size,
@@ -587,6 +647,9 @@ class Model(Adding, keras.Model):
             validation_batch_size=validation_batch_size,
             validation_freq=validation_freq,
         )
+        if validation_data is not None or validation_split:
+            self._evaluated_to(n.removeprefix("val_") for n in history.history if n.startswith("val_"))
+        return history
 
     def evaluate(
         self,
@@ -606,7 +669,7 @@ class Model(Adding, keras.Model):
         logs = self._get_loop().evaluate(
             x, y, batch_size=batch_size, verbose=verbose, sample_weight=sample_weight, steps=steps, callbacks=callbacks
         )
-        self.__dict__["_evaluated_names"] = list(logs)
+        self._evaluated_to(logs)
         return logs if return_dict else as_list(logs)
 
     def predict(self, x, batch_size=None, verbose="auto", steps=None, callbacks=None):
@@ -625,6 +688,7 @@ class Model(Adding, keras.Model):
     def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
         """The loss and metrics of one batch."""
         logs = self._get_loop().batchwise.step("test", x, y, sample_weight)
+        self._evaluated_to(logs)
         return logs if return_dict else as_list(logs)
 
     def predict_on_batch(self, x):
@@ -662,11 +726,7 @@ class FunctionalModel(Model, _keras.Functional):
             (self._add_symbolic_loss if kind == "loss" else self._add_symbolic_metric)(value, **extra)
         if source is None:
             return
-        for term in source._terms.losses[len(self._terms.losses) :]:
-            self._terms.add_loss(term.value, term.name, term.weight)
-        for term in source._terms.metrics[len(self._terms.metrics) :]:
-            self._register_metric(term.value, term.name, term.aggregation)
-        self._terms.watches.extend(w for w in source._terms.watches if w not in self._terms.watches)
+        self._take_functions(source)
         weights.restore_parametrizations(self, weights.parametrization_config(source))
 
     def compile(self, *args, **kwargs):
@@ -735,16 +795,10 @@ class FunctionalModel(Model, _keras.Functional):
         if self._symbolic and not _keras.makes_its_own_graph(self):
             config["with_terms"] = keras.saving.serialize_keras_object(self._with_terms)
             config["terms"] = [
-                {"kind": kind, **{k: keras.saving.serialize_keras_object(v) for k, v in extra.items()}}
+                {"kind": kind, **{k: keras.saving.serialize_keras_object(terms.plain(v)) for k, v in extra.items()}}
                 for kind, _, extra in self._symbolic
             ]
-        functions = [t.name or terms.label(t.value) for t in (*self._terms.losses, *self._terms.metrics)]
-        if functions:
-            warnings.warn(
-                f"{self.name!r} has losses or metrics that are functions of the step's tensors, and a file does not "
-                f"hold them: {names.listing(functions)}. Add them again to the loaded model.",
-                stacklevel=2,
-            )
+        self._warn_of_functions()
         parametrizations = weights.parametrization_config(self)
         return {**config, "parametrizations": parametrizations} if parametrizations else config
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tfloop import _keras, names, terms
 from tfloop.loop.record import Column, Result
-from tfloop.row import NameBook, combined, flat_logs, is_numeric, reader, results_of, scalar
+from tfloop.row import NameBook, combined, flat_logs, is_numeric, mean, own_key, reader, results_of
 from tfloop.step import Step, current_step
 from tfloop.tensors import Lazy, MissingTensor, Recorder, Tensors, current_graph, flatten, recording
 
@@ -46,7 +46,8 @@ class ModelStep(Step):
         self.loss = None  # what the model's own training step minimised
         self.computed_loss = None  # what `compute_loss` gave last
         self.loss_parts = {}  # name -> scalar, as they enter the loss
-        self.registry_losses_read = []
+        self.losses_read = None  # what `model.losses` gave last
+        self._registry_losses = []  # (scalar tensor, name, owner), as evaluated last
         self._data = data
         self._added_losses = []  # (scalar tensor, name, owner)
         self._added_metrics = {}  # (id(owner), name) -> (owner, name, aggregation, values)
@@ -192,38 +193,42 @@ class ModelStep(Step):
         found = []
         tensors = self.loss_tensors()
         for path, owner in self._owners():
-            view = tensors.below(path) if path else tensors
+            view = tensors.below(path)
             for term in terms.registry(owner).losses:
                 value = self._evaluate(term, view)
                 if value is not ABSENT:
                     value = terms.mean_scalar(value, f"loss {term.name or terms.label(term.value)!r}")
-                    weight = tf.cast(terms.weight_at(term.weight, self.updates), value.dtype)
-                    found.append((value * weight, term.name, owner))
-        self.registry_losses_read = found
+                    found.append((terms.weighted(value, term.weight, self.updates), term.name, owner))
+        self._registry_losses = found
         return [tensor for tensor, _, _ in found]
 
-    def named_losses(self, tensors, taken=()):
+    def named_losses(self, tensors, taken=("loss", "other_losses")):
         """Splits loss tensors into `{name: sum}` of the named ones and a list of the others.
 
-        Where layers share a name, or it is `taken`, it is shown below its owner.
+        Where layers share a name, or it is `taken` or a compiled metric's, it is shown below its owner.
         """
-        known = {id(t): (name, owner) for t, name, owner in (*self._added_losses, *self.registry_losses_read)}
-        entries, others = [], []
+        known = {id(t): (name, owner) for t, name, owner in (*self._added_losses, *self._registry_losses)}
+        entries, others = {}, []  # (name, id of the owner) -> (owner, tensors)
         for tensor in tensors:
             name, owner = known.get(id(tensor), (None, None))
             if name is None:
                 others.append(tensor)
             else:
-                entries.append((name, owner, tensor))
-        owners = {}
-        for name, owner, _ in entries:
-            owners.setdefault(name, []).append(id(owner))
+                entries.setdefault((name, id(owner)), (owner, []))[1].append(tensor)
+        taken = {*taken, *_keras.compiled_metric_names(self.model)} if entries else taken
+        all_names = [name for name, _ in entries]
         named = {}
-        for name, owner, tensor in entries:
-            shared = len(set(owners[name])) > 1 or name in taken
+        for (name, _), (owner, parts) in entries.items():
+            shared = all_names.count(name) > 1 or name in taken
             key = self._qualified(name, owner) if shared else name
-            named[key] = named[key] + tensor if key in named else tensor
+            named[names.unique(key, {*taken, *named})] = terms.total(parts)
         return named, others
+
+    def current_losses(self):
+        """The losses that the step read of the model; if it read none, those that the model has now."""
+        if self.losses_read is None and self._added_losses:
+            self.losses_read = self.model.losses
+        return self.losses_read or []
 
     # The row.
 
@@ -238,11 +243,11 @@ class ModelStep(Step):
         book = NameBook(self.model, self._qualified)
         for name, value in self._loss_entries():
             book.fixed(name, Column(name), value)
+        parts = book.names()
         for name, value in self._returned_entries(returned, lazily):
-            book.fixed(name, *value)
+            book.fixed(self._qualified(name, self.model) if name in parts else name, *value)
         if self.loss is None:
-            tensors = [t for t, _, _ in (*self._added_losses, *self.registry_losses_read)]
-            named, _ = self.named_losses(tensors, book.names())
+            named, _ = self.named_losses(self.current_losses(), book.names())
             for name, value in named.items():
                 book.fixed(name, Column(name), value)
         for path, owner in names.walk(self.model):
@@ -266,21 +271,26 @@ class ModelStep(Step):
             metric, path = _keras.metric_of(value) or (None, ())
             if isinstance(metric, terms.TermMetric) or (self.loss is not None and name == "loss"):
                 continue  # these have columns of their own
+            if self.loss is not None and any(metric is m for m in _keras.compiled_output_losses(self.model)):
+                if name in self.loss_parts or not self._was_updated(metric):
+                    continue
             if metric is not None and metric is _keras.loss_tracker(self.model) and not self._was_updated(metric):
                 if self.computed_loss is not None:  # a step that leaves the tracker at 0 means the loss it computed
                     yield name, (Column(name), self.computed_loss)
                 continue
             if metric is not None and lazily:
-                if not self._is_attribute(metric):
+                if name != own_key(metric, path) or not self._is_attribute(metric):
                     yield name, (Result(name, reader(metric, path)), self._own_value(metric))
             elif metric is not None and self.part is not None:  # a running value of all replicas together
                 self._returned.append(metric)
                 yield name, (Result(name, reader(metric, path)), self._own_value(metric))
             elif metric is not None:
                 self._returned.append(metric)
-                yield name, (Column(name, "running"), (scalar(value, "mean", name), self._own_value(metric)))
+                if name == own_key(metric, path):  # updated since, it may be: Keras reads those again, by name
+                    value = reader(metric, path)()
+                yield name, (Column(name, "running"), (mean(value, name), self._own_value(metric)))
             else:
-                yield name, (Column(name), scalar(value, "mean", name))
+                yield name, (Column(name), combined([value], "mean", name))
 
     def _is_attribute(self, metric):
         return any(metric is m for _, layer in names.walk(self.model) for m in _keras.own_metrics(layer))
@@ -290,21 +300,21 @@ class ModelStep(Step):
         for metric in _keras.own_metrics(owner):
             if self._shows(metric, lazily):
                 own = self._own_value(metric)
-                yield from ((name, Result(name, read), own) for name, read in results_of(metric))
+                yield from ((result.name, result, own) for result in results_of(metric))
         registered = {term.name: term for term in terms.registry(owner).metrics}
         tensors = self.metric_tensors() if registered else None
-        view = tensors.below(path) if tensors and path else tensors
+        view = tensors.below(path) if registered else None
         for name, metric in terms.term_metrics(owner).items():
             if name in registered:
                 value = self._evaluate(registered[name], view)
                 if value is not ABSENT:
                     term = registered[name]
-                    yield name, Column(name, term.aggregation), scalar(value, term.aggregation, name)
+                    yield name, Column(name, term.aggregation), combined([value], term.aggregation, name)
             elif (id(owner), name) in self._added_metrics:
                 _, _, aggregation, values = self._added_metrics[id(owner), name]
                 yield name, Column(name, aggregation), combined(values, aggregation, name)
             elif self._was_updated(metric):
-                yield from ((key, Result(key, read), None) for key, read in results_of(metric))
+                yield from ((result.name, result, None) for result in results_of(metric))
 
     def _shows(self, metric, lazily):
         """Metric objects that were not updated in the step are left out, rather than shown as 0."""
@@ -331,23 +341,25 @@ class ModelStep(Step):
     def _watched(self):
         """`(Column, value)` for every statistic that is watched; those with one interval under one condition."""
         tensors = self.metric_tensors()
-        seen, due = set(), {}
-        for watch in self.model._terms.watches:
-            found = tensors.matching(watch.pattern)
-            if not found and self.training and self._ends:
-                raise ValueError(
-                    f"watch({watch.pattern!r}) matches no tensor of the step. There is {names.listing(tensors, 60)}."
-                )
-            for name in found:
-                key = f"{name}/{watch.statistic.name}"
-                if key not in seen and is_numeric(tensors[name]):
-                    seen.add(key)
-                    due.setdefault(watch.every, []).append((key, watch.statistic, tensors[name]))
+        due = {}  # every -> {key: (statistic, name of the tensor)}
+        for path, owner in self._owners():
+            full_names, view = tensors.names_below(path), tensors.below(path)
+            for watch in terms.registry(owner).watches:
+                found = view.matching(watch.pattern)
+                if not found and self.training and self._ends:
+                    raise ValueError(
+                        f"watch({watch.pattern!r}) matches no tensor of the step. There is {names.listing(view, 60)}."
+                    )
+                every = watch.every if self.training else 1  # no updates are counted in evaluation
+                for name in [full_names[n] for n in found if is_numeric(view[n])]:
+                    key = f"{name}/{watch.statistic.name}"
+                    if not any(key in known for known in due.values()):
+                        due.setdefault(every, {})[key] = watch.statistic, name
         for every, entries in due.items():
-            columns = [Column(key, s.aggregation, every, s.width) for key, s, _ in entries]
+            columns = [Column(key, s.aggregation, every, s.width) for key, (s, _) in entries.items()]
 
             def compute(entries=entries):
-                return [tf.cast(statistic(t), tf.float32) for _, statistic, t in entries]
+                return [measured(statistic, name, tensors[name]) for statistic, name in entries.values()]
 
             def skip(columns=columns):
                 return [tf.fill([c.width] if c.width > 1 else [], float("nan")) for c in columns]
@@ -384,6 +396,17 @@ def model_step(model):
     """The `ModelStep` that runs in this thread, if it is one of this model."""
     step = current_step()
     return step if isinstance(step, ModelStep) and step.model is model else None
+
+
+def measured(statistic, name, tensor):
+    """A statistic of a tensor. Raises `ValueError` for one, of a user's, that gives no scalar."""
+    value = tf.cast(statistic(tensor), tf.float32)
+    if statistic.width == 1 and value.shape.rank not in (0, None):
+        raise ValueError(
+            f"The statistic {statistic.name!r} of {name!r} gave a tensor of shape {tuple(value.shape)}. Expected a "
+            "scalar: reduce it over all axes."
+        )
+    return value
 
 
 def is_plain_mean(metric):

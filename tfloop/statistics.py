@@ -29,6 +29,11 @@ class Statistic:
     width: int = 1  # of the value: 1 for a scalar, else the number of counts
 
     def __call__(self, tensor):
+        """The value for a tensor; of a ragged one over the elements it has, of a sparse one over its zeros too."""
+        if isinstance(tensor, tf.RaggedTensor):
+            tensor = tensor.flat_values
+        if isinstance(tensor, tf.SparseTensor):
+            tensor = tf.sparse.to_dense(tf.sparse.reorder(tensor))
         tensor = tf.convert_to_tensor(tensor)
         if tensor.dtype not in (tf.float32, tf.float64):
             tensor = tf.cast(tensor, tf.float32)

@@ -133,8 +133,12 @@ class ModelSteps:
     @property
     def version(self):
         """Changes with whatever makes a step another one: terms, parametrisations, averages."""
-        models = [(id(m), m._terms.version) for _, m in names.walk(self.model) if hasattr(m, "_terms")]
-        return (*models, *map(id, self.model._averages), self.guarded, self.model._measures_each_step)
+        return (
+            *terms.versions(self.model),
+            *map(id, self.model._averages),
+            self.guarded,
+            self.model._measures_each_step,
+        )
 
     @property
     def differs_when_compiled(self):
@@ -231,18 +235,23 @@ class ModelSteps:
 
     def publisher(self):
         """A function of an epoch's values that sets the metric objects that stand for columns of the record."""
-        metrics = [
-            (name, f"{path or self.model.name}/{name}", metric)
+        found = [
+            (name, path, metric)
             for path, layer in names.walk(self.model)
             for name, metric in terms.term_metrics(layer).items()
             if isinstance(metric, terms.TermMetric)
         ]
+        everyone = [name for name, _, _ in found]
+        metrics = []  # (its names in a log, metric); one of several that share a name is never shown by that alone
+        for name, path, metric in found:
+            alone = [name] if not path or everyone.count(name) == 1 else []
+            metrics.append(([f"{path or self.model.name}/{name}", *alone], metric))
         tracker = None if self.model._tracks_loss else _keras.loss_tracker(self.model)
         assign = keras.Variable.assign if self.replicated else lambda v, number: operation.assign(v.value, number)
 
         def publish(values):
-            for name, qualified, metric in metrics:
-                value = values.get(qualified, values.get(name))
+            for logged, metric in metrics:
+                value = next((values[name] for name in logged if name in values), None)
                 if value is not None:
                     metric.record(value)
             if tracker is not None and values.get("loss") is not None:

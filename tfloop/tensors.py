@@ -18,6 +18,7 @@ from tfloop import _keras, names
 
 NAMESPACES = ("losses/", "weights/", "gradients/", "updates/")
 BATCH = ("x", "y", "sample_weight", "y_pred")
+LOOPS = "tf.while_loop, tf.cond, vectorized_map, RNN loop or inner function"
 
 
 class MissingTensor(KeyError):
@@ -93,16 +94,26 @@ class Tensors(collections.abc.Mapping):
 
     def below(self, path):
         """What a model at `path` sees as its own: its part of the names, without the path in front."""
-        found, reasons = {}, dict(self._reasons)
-        for name, value in self._values.items():
+        if not path:
+            return self
+        found = {inner: self._values[name] for inner, name in self.names_below(path).items()}
+        reasons = {beside_batch(k[len(path) + 1 :]): v for k, v in self._reasons.items() if k.startswith(path + "/")}
+        return type(self)(found, {**self._reasons, **reasons})
+
+    def names_below(self, path):
+        """`name -> full name` of what a model at `path` sees."""
+        if not path:
+            return dict(zip(self, self, strict=True))
+        found = {}
+        for name in self:
             space = next((s for s in NAMESPACES if name.startswith(s)), "")
             rest = name[len(space) :]
             if rest.startswith(path + "/"):
-                found[space + rest[len(path) + 1 :]] = value
+                inner = rest[len(path) + 1 :]
+                found[space + inner if space else beside_batch(inner)] = name
             elif not space and rest == path:
-                found["y_pred"] = value
-        reasons |= {k[len(path) + 1 :]: v for k, v in self._reasons.items() if k.startswith(path + "/")}
-        return type(self)(found, reasons)
+                found["y_pred"] = name
+        return found
 
     def _explain(self, name):
         if not isinstance(name, str):
@@ -130,6 +141,14 @@ class Lazy:
 def is_inner(name):
     """Whether a name is that of a layer's output or a tag: not the batch, not a namespace."""
     return not name.startswith(NAMESPACES) and name.split("/")[0] not in BATCH
+
+
+def beside_batch(name):
+    """The name of a layer's output: what would be the step's own is the next free one, `y:1` for a layer `y`."""
+    first, slash, rest = name.partition("/")
+    word, _, count = first.partition(":")
+    taken = word in BATCH or (slash and f"{word}/" in NAMESPACES)
+    return f"{word}:{int(count or 0) + 1}{slash}{rest}" if taken and (not count or count.isdigit()) else name
 
 
 def flatten(name, value):
@@ -164,10 +183,11 @@ class Recorder:
         self.model = model
         self._paths = names.layer_names(model)
         self.values = {}
-        self.reasons = dict.fromkeys(self._paths.values(), "this layer was not called in the step.")
+        self.reasons = dict.fromkeys(map(beside_batch, self._paths.values()), "this layer was not called in the step.")
         self.output = None  # of the model's last call
         self._calls = {}
         self._loops = []  # the RNNs being called whose cell runs in a loop
+        self._maps = _keras.maps_entered()
         self._probed = set()  # those of them whose cell has been called once, before the loop
         self._graph = current_graph()
 
@@ -200,7 +220,7 @@ class Recorder:
             self._add(path, outputs)
 
     def tag(self, tensor, name):
-        if name in BATCH or name.startswith(NAMESPACES):
+        if name.split("/")[0] in BATCH or name.startswith(NAMESPACES):
             raise ValueError(
                 f"tag(tensor, {name!r}): this name is the step's own. The names {names.listing(BATCH)} and those "
                 f"that begin with {names.listing(NAMESPACES)} are taken; choose another."
@@ -218,20 +238,22 @@ class Recorder:
     def _add(self, path, outputs):
         leaves = tensors_in("", outputs)
         if not self._reachable(outputs):
-            reason = "it was made inside a tf.while_loop, tf.cond, RNN loop or inner function, and cannot leave it."
             for suffix, _ in leaves:
-                if path + suffix not in self.values:
-                    self.reasons[path + suffix] = reason
+                name = beside_batch(path + suffix)
+                if name not in self.values:
+                    self.reasons[name] = f"it was made inside a {LOOPS}, and cannot leave it."
             return
         calls = self._calls.get(path, 0)
         self._calls[path] = calls + 1
-        name = f"{path}:{calls}" if calls else path
         for suffix, leaf in leaves:
-            self.reasons.pop(name + suffix, None)
-            self.values[name + suffix] = as_it_is_now(leaf)
+            name = beside_batch((f"{path}:{calls}" if calls else path) + suffix)
+            if name in self.values or (suffix and name in self._paths.values()):  # a key of an output, and a layer
+                name = names.unique(name if suffix else path, {*self.values, *self._paths.values()})
+            self.reasons.pop(name, None)
+            self.values[name] = as_it_is_now(leaf)
 
     def _reachable(self, outputs):
-        return not self._loops and all(
+        return not (self._loops or _keras.maps_entered() > self._maps) and all(
             getattr(t, "graph", self._graph) is self._graph for _, t in tensors_in("", outputs)
         )
 
@@ -259,7 +281,7 @@ def recording(recorder):
     previous = recorders()
     _local.recorders = (*previous, recorder)
     try:
-        with _keras.observing_calls(recorders):
+        with _keras.observing_calls(recorders), _keras.noticing_maps():
             yield recorder
     finally:
         _local.recorders = previous

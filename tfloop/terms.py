@@ -22,7 +22,7 @@ from tfloop.step import current_step
 class Loss:
     name: str | None
     value: Callable
-    weight: Any = 1.0  # float, or a function of the number of completed updates
+    weight: Any = 1.0  # float, a variable, or a function of the number of completed updates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Terms:
     def add_loss(self, value, name, weight):
         check_name(name, "add_loss")
         if name is not None and any(term.name == name for term in self.losses):
-            raise ValueError(f"add_loss(name={name!r}): the model already has a loss of this name. Choose another.")
+            raise ValueError(two_losses_of_one_name(name))
         self.losses.append(Loss(name, value, check_weight(weight)))
         self.version += 1
 
@@ -122,17 +122,32 @@ def check_name(name, where):
 
 
 def check_weight(weight):
-    if callable(weight):
+    """A number, a function, or a variable, which is read in every step."""
+    if callable(weight) or (is_variable(weight) and len(weight.shape) == 0):
         return weight
     try:
         number = float(weight)
     except (TypeError, ValueError):
         raise TypeError(
-            f"add_loss(weight={weight!r}): expected a number, or a function of the number of completed updates."
+            f"add_loss(weight={weight!r}): expected a number, a scalar variable, or a function of the number of "
+            "completed updates."
         ) from None
     if number != number or number in (float("inf"), float("-inf")):
         raise ValueError(f"add_loss(weight={weight!r}): expected a finite number.")
     return number
+
+
+def is_variable(value):
+    return isinstance(value, tf.Variable | keras.Variable)
+
+
+def plain(value):
+    """What a file can hold of a value: of a variable its number."""
+    return float(value) if is_variable(value) else value
+
+
+def two_losses_of_one_name(name):
+    return f"add_loss(name={name!r}): the model already has a loss of this name. Choose another."
 
 
 def two_of_one_name(name):
@@ -168,9 +183,19 @@ def as_number(value, what):
     return tensor
 
 
-def weight_at(weight, updates):
-    """A term's weight at a number of completed updates (an int64 scalar)."""
-    return weight(updates) if callable(weight) else weight
+def weighted(value, weight, updates):
+    """A loss, a float scalar, times its weight at a number of completed updates (an int64 scalar)."""
+    if callable(weight):
+        weight = weight(updates)
+    if isinstance(weight, keras.Variable):
+        weight = _keras.stored_value(weight)
+    return value * tf.cast(weight, value.dtype)
+
+
+def total(values):
+    """The sum of float scalars: float64 if one of them is, else float32."""
+    dtype = tf.float64 if any(v.dtype == tf.float64 for v in values) else tf.float32
+    return tf.add_n([tf.cast(v, dtype) for v in values])
 
 
 class TermMetric(keras.Metric):
@@ -256,12 +281,23 @@ def term_metric(owner, name, aggregation="mean"):
     return found[name]
 
 
+def versions(model):
+    """What changes with the terms of a model and of those inside it."""
+    return tuple((id(m), m._terms.version) for _, m in names.walk(model) if hasattr(m, "_terms"))
+
+
 _NOTHING = Terms()
 
 
 def registry(owner):
     """The terms registered on a model; none for anything else."""
     return getattr(owner, "_terms", _NOTHING)
+
+
+def losses_from_outside(owner):
+    """The losses of a model that are known before a step: on symbolic tensors and functions."""
+    symbolic = [Loss(extra["name"], value) for kind, value, extra in vars(owner).get("_symbolic", ()) if kind == "loss"]
+    return [*symbolic, *registry(owner).losses]
 
 
 def resets_its_variables(metric):

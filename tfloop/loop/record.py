@@ -17,7 +17,8 @@ class Column:
 
     `aggregation` makes the epoch's value of the steps': `mean` weighs by the batch's number of examples. Two kinds
     stand beside a metric object: `running` is its result as of that step, which is no value of the step's own, and
-    `step` is what it measured in that step alone, of which no epoch's value is made.
+    `step` is what it measured in that step alone, of which no epoch's value is made. A `count`, named `count_of` a
+    column, is 0 where that one has no value: it is one of no elements.
     The value is computed in steps 0, every, 2 * every, ... and means nothing in the others.
     """
 
@@ -29,10 +30,19 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A value that is read once a chunk and not once a step: the result of a stateful metric object."""
+    """A value that is read once a chunk and not once a step: the result of a stateful metric object.
+
+    Where `count` reads 0 there is none: the metric was never updated.
+    """
 
     name: str
     read: Callable[[], Any]
+    count: Callable[[], Any] | None = None
+
+
+def count_of(name):
+    """The name of what says how many values a column or a result has seen."""
+    return f"{name} (count)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +85,13 @@ class Record:
 
     def scalars(self):
         """The names of what each step measured, the values as an array `(k, names)`, and which of them were due."""
-        picked = [(c, s.start) for c, s in self.layout.slices() if c.width == 1 and c.aggregation != "running"]
+        scalars = [(c, s.start) for c, s in self.layout.slices() if c.width == 1]
+        picked = [(c, i) for c, i in scalars if c.aggregation not in ("running", "count")]
         values = self.rows[:, [i for _, i in picked]].astype(np.float64)
         due = np.arange(self.first, self.first + len(self))[:, None] % [c.every for c, _ in picked] == 0
+        counts = {c.name: self.rows[:, i] for c, i in scalars if c.aggregation == "count"}
+        for i, (column, _) in enumerate(picked if counts else ()):
+            due[:, i] &= counts.get(count_of(column.name), 1) != 0
         return [c.name for c, _ in picked], values, due
 
     def histograms(self):
@@ -104,9 +118,10 @@ class Aggregate:
             return
         sizes = record.rows[:, 0].astype(np.float64)
         index = np.arange(record.first, record.first + len(record))
+        counts = {c.name: record.rows[:, s.start] for c, s in record.layout.slices() if c.aggregation == "count"}
         for column, place in record.layout.slices():
-            if column.width == 1 and column.aggregation != "step":
-                due = index % column.every == 0
+            if column.width == 1 and column.aggregation not in ("step", "count"):
+                due = (index % column.every == 0) & (counts.get(count_of(column.name), 1) != 0)
                 if due.any():
                     self._fold(column, record.rows[due, place.start].astype(np.float64), sizes[due])
         self._results.update(record.results)
@@ -136,7 +151,7 @@ class Aggregate:
             if name in self._state:
                 kind, value, weight = self._state[name]
                 found[name] = value / weight if kind == "mean" and weight else value
-            elif name in self._results:
+            elif name in self._results and self._results.get(count_of(name), 1) != 0:
                 found[name] = self._results[name]
         return found
 

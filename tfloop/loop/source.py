@@ -171,6 +171,8 @@ def as_array(value):
         value = np.asarray(value)
     if isinstance(value, np.memmap):
         return value  # cast when its batches are made, not as a whole
+    if value.dtype == object and all(isinstance(item, str | bytes) for item in value.flat):
+        return tf.constant(value)
     return value.astype(keras.config.floatx()) if value.dtype == np.float64 else value
 
 
@@ -207,10 +209,9 @@ def weighing(class_weight):
     """A function that gives a batch the sample weights that its targets' classes have."""
     if not isinstance(class_weight, dict):
         raise ValueError(f"class_weight must be a dict from class index to weight, got {class_weight!r}.")
-    size = max(class_weight, default=0) + 1
-    table = np.ones(size, keras.config.floatx())
-    for index, weight in class_weight.items():
-        table[index] = weight
+    known = {0: 1.0, **class_weight}
+    labels = np.array(sorted(known))
+    table = np.array([known[label] for label in sorted(known)], keras.config.floatx())
 
     def transform(data):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
@@ -218,18 +219,30 @@ def weighing(class_weight):
             raise ValueError("class_weight needs one target with a class for every example.")
         if sample_weight is not None:
             raise ValueError("Give either class_weight or sample_weight, not both.")
-        on_host = isinstance(y, np.ndarray)
-        if len(y.shape) > 1 and y.shape[-1] != 1:
-            classes = y.argmax(-1) if on_host else tf.argmax(y, -1)
+        classes = classes_of(y)
+        if isinstance(y, np.ndarray):
+            place = np.minimum(np.searchsorted(labels, classes), len(labels) - 1)
+            weights = np.where(labels[place] == classes, table[place], 1).astype(table.dtype)
         else:
-            classes = y.reshape(len(y), -1)[:, 0].astype(int) if on_host else tf.cast(tf.reshape(y, [-1]), tf.int32)
-        if on_host:
-            weights = np.where(classes < size, table[np.minimum(classes, size - 1)], 1).astype(table.dtype)
-        else:
-            weights = tf.where(classes < size, tf.gather(table, tf.minimum(classes, size - 1)), 1.0)
+            classes = tf.cast(classes, labels.dtype)
+            place = tf.minimum(tf.searchsorted(labels, tf.reshape(classes, [-1])), len(labels) - 1)
+            place = tf.reshape(place, tf.shape(classes))
+            weights = tf.where(tf.gather(labels, place) == classes, tf.gather(table, place), tf.ones((), table.dtype))
         return keras.utils.pack_x_y_sample_weight(x, y, weights)
 
     return transform
+
+
+def classes_of(y):
+    """The class of every example, as Keras reads it: of one-hot rows the largest, of numbers the nearest integer."""
+    on_host = isinstance(y, np.ndarray)
+    if len(y.shape) > 1 and y.shape[-1] != 1:
+        return y.argmax(-1) if on_host else tf.argmax(y, -1)
+    if len(y.shape) > 1:
+        y = y[..., 0]
+    if on_host:
+        return np.round(y).astype("int32")
+    return tf.cast(tf.round(tf.cast(y, tf.float64)), tf.int32)
 
 
 def check_count(name, value):
