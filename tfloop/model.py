@@ -148,12 +148,6 @@ class Model(Adding, keras.Model):
         """
         self._terms.watch(pattern, statistic, every)
 
-    def get_build_config(self):
-        """As Keras' own. A model that is no graph is saved by this, and by a `get_config` that may be the user's."""
-        if not isinstance(self, FunctionalModel):
-            self._warn_of_functions()
-        return super().get_build_config()
-
     def _warn_of_functions(self):
         """Says what a file does not hold."""
         found = [term.name or terms.label(term.value) for term in (*self._terms.losses, *self._terms.metrics)]
@@ -214,6 +208,8 @@ class Model(Adding, keras.Model):
 
     def get_build_config(self):
         """As in Keras, with what the model was parametrised with: a class's own `get_config` does not say it."""
+        if not isinstance(self, FunctionalModel):  # which warns in its own `get_config`
+            self._warn_of_functions()
         config = super().get_build_config()
         try:
             parametrizations = weights.parametrization_config(self) if config else []
