@@ -42,7 +42,7 @@ def test_a_model_around_a_model_has_its_terms_once():
     inner = functional("inner")
     inputs = keras.Input((4,))
     outer = tfloop.Model(inputs, inner(inputs))
-    np.testing.assert_array_equal(outer._symbolic, [])
+    np.testing.assert_array_equal(outer._tfloop_symbolic, [])
     hidden = inner.get_layer("hidden")(X).numpy()
     outer.compile(keras.optimizers.SGD(0.0), "mse")
     history = outer.fit(X, Y, batch_size=10, verbose=0).history

@@ -196,7 +196,7 @@ def completed_updates(weight, what):
     if step is not None or not callable(weight):
         return getattr(step, "updates", 0)
     if hasattr(model, "_terms"):
-        return 0 if model._updates is None else model._updates.read_value()
+        return 0 if model._tfloop_updates is None else model._tfloop_updates.read_value()
     traced = model is None and tf.inside_function()  # a layer's loss function, read by Keras' own training step
     if traced or (isinstance(model, keras.Model) and _keras.call_training() and not _keras.in_symbolic_scope()):
         raise ValueError(

@@ -21,12 +21,12 @@ class ModelSteps:
         """One step, run or traced, `compiled` by XLA or not. A first eager step that fails changes no variable."""
         if not tf.executing_eagerly() or (kind, self.version) in self._ran:
             with self.model.distribute_strategy.scope():
-                return self.model.run_step(kind, batch, compiled)
+                return self.model._tfloop_run_step(kind, batch, compiled)
         variables = {**reproducibility.state_variables(self.model), **reproducibility.metric_variables(self.model)}
         before = reproducibility.snapshot(variables)
         try:
             with self.model.distribute_strategy.scope():
-                result = self.model.run_step(kind, batch)
+                result = self.model._tfloop_run_step(kind, batch)
         except Exception:
             reproducibility.assign(variables, before)
             raise
@@ -38,12 +38,12 @@ class ModelSteps:
 
         Only a user's own step knows what it calls the layers with.
         """
-        return self.model._has_own_step(kind) and not _keras.is_built(self.model) and kind not in self._built_by
+        return self.model._tfloop_has_own_step(kind) and not _keras.is_built(self.model) and kind not in self._built_by
 
     @contextlib.contextmanager
     def stepping_first(self, kind):
         """While such a step is made or traced."""
-        averages, self.model.__dict__["_averages"] = self.model._averages, []  # they need variables
+        averages, self.model.__dict__["_tfloop_averages"] = self.model._tfloop_averages, []  # they need variables
         changes = contextlib.ExitStack()
         if self.eager:
             changes.enter_context(self._taken_back())
@@ -52,7 +52,7 @@ class ModelSteps:
             with changes, self.model.distribute_strategy.scope():
                 yield
         finally:
-            self.model.__dict__["_averages"] = averages
+            self.model.__dict__["_tfloop_averages"] = averages
         self._built_by.add(kind)
 
     def build(self, batch, kind="train"):
@@ -65,13 +65,13 @@ class ModelSteps:
         self._count_updates()
 
     def _build(self, model, batch, kind):
-        with running(Step("build")), model._trainable_as_compiled(), self._taken_back(self.needs_batch(kind)):
+        with running(Step("build")), model._tfloop_trainable_as_compiled(), self._taken_back(self.needs_batch(kind)):
             if self._is_called(kind):
                 _keras.build(model, batch)
             elif model.optimizer is not None and not model.optimizer.built and model.trainable_variables:
                 model.optimizer.build(model.trainable_variables)
-        with model._trainable_as_compiled():
-            for average in model._averages:
+        with model._tfloop_trainable_as_compiled():
+            for average in model._tfloop_averages:
                 average.build(model)
 
     def needs_batch(self, kind):
@@ -80,7 +80,7 @@ class ModelSteps:
 
     def _is_called(self, kind):
         """Whether the model is called with a batch's `x`. What a step of the user's own does, only that step knows."""
-        return type(self.model).call is not keras.Model.call and not self.model._has_own_step(kind)
+        return type(self.model).call is not keras.Model.call and not self.model._tfloop_has_own_step(kind)
 
     @contextlib.contextmanager
     def _taken_back(self, really=True):
@@ -135,15 +135,15 @@ class ModelSteps:
         """Changes with whatever makes a step another one: terms, parametrisations, averages."""
         return (
             *terms.versions(self.model),
-            *map(id, self.model._averages),
+            *map(id, self.model._tfloop_averages),
             self.guarded,
-            self.model._measures_each_step,
+            self.model._tfloop_measures_each_step,
         )
 
     @property
     def differs_when_compiled(self):
         """Whether a training step is traced in another way for XLA."""
-        return bool(self.model._averages)
+        return bool(self.model._tfloop_averages)
 
     @property
     def replicated(self):
@@ -161,38 +161,38 @@ class ModelSteps:
 
     @property
     def choices(self):
-        return self.model._choices
+        return self.model._tfloop_choices
 
     @property
     def guarded(self):
         """Whether a training step says, in its row, if its numbers are not finite."""
-        return self.model._guarded
+        return self.model._tfloop_guarded
 
     @guarded.setter
     def guarded(self, flag):
-        self.model.__dict__["_guarded"] = flag
+        self.model.__dict__["_tfloop_guarded"] = flag
 
     @property
     def micro_batch(self):
         """The size of the batches of which several make one update; `None` where a batch makes one."""
-        return self.model._micro_batch
+        return self.model._tfloop_micro_batch
 
     @micro_batch.setter
     def micro_batch(self, size):
-        self.model.__dict__["_micro_batch"] = size
+        self.model.__dict__["_tfloop_micro_batch"] = size
 
     @property
     def updates(self):
-        return self.model._updates
+        return self.model._tfloop_updates
 
     def start(self):
         """Called before training."""
-        for average in self.model._averages:
+        for average in self.model._tfloop_averages:
             average.begin()
 
     def measure_each_step(self):
         """From now on the record has the values of compiled metrics over each step alone, too."""
-        self.model.__dict__["_measures_each_step"] = True
+        self.model.__dict__["_tfloop_measures_each_step"] = True
 
     def initial_epoch(self, given):
         """Where training begins: a callback may have restored a later epoch."""
@@ -207,7 +207,7 @@ class ModelSteps:
     def for_validation(self):
         """The context in which validation runs: with the averaged weights, if an average asks for it."""
         stack = contextlib.ExitStack()
-        for average in self.model._averages:
+        for average in self.model._tfloop_averages:
             stack.enter_context(average.for_validation(self.model))
         return stack
 
@@ -216,10 +216,10 @@ class ModelSteps:
 
         `but`: those that the caller resets.
         """
-        if not self.model._resets_all_metrics:
+        if not self.model._tfloop_resets_all_metrics:
             self.model.reset_metrics()
         left = {id(m) for m in but}
-        for metric in self.model._every_metric():
+        for metric in self.model._tfloop_every_metric():
             if id(metric) not in left:
                 metric.reset_state()
 
@@ -227,7 +227,7 @@ class ModelSteps:
         """The metric objects that a graph can reset. None where a strategy keeps their variables on several devices."""
         if self.replicated:
             return []
-        return [m for m in self.model._every_metric() if terms.resets_its_variables(m)]
+        return [m for m in self.model._tfloop_every_metric() if terms.resets_its_variables(m)]
 
     def metric_variables(self):
         """The variables of all metric objects, on every device here."""
@@ -246,7 +246,7 @@ class ModelSteps:
         for name, path, metric in found:
             alone = [name] if not path or everyone.count(name) == 1 else []
             metrics.append(([f"{path or self.model.name}/{name}", *alone], metric))
-        tracker = None if self.model._tracks_loss else _keras.loss_tracker(self.model)
+        tracker = None if self.model._tfloop_tracks_loss else _keras.loss_tracker(self.model)
         assign = keras.Variable.assign if self.replicated else lambda v, number: operation.assign(v.value, number)
 
         def publish(values):

@@ -283,7 +283,7 @@ def term_metric(owner, name, aggregation="mean"):
 
 def versions(model):
     """What changes with the terms of a model and of those inside it."""
-    return tuple((id(m), m._terms.version) for _, m in names.walk(model) if hasattr(m, "_terms"))
+    return tuple((id(m), m._tfloop_terms.version) for _, m in names.walk(model) if hasattr(m, "_tfloop_terms"))
 
 
 _NOTHING = Terms()
@@ -291,12 +291,14 @@ _NOTHING = Terms()
 
 def registry(owner):
     """The terms registered on a model; none for anything else."""
-    return getattr(owner, "_terms", _NOTHING)
+    return getattr(owner, "_tfloop_terms", _NOTHING)
 
 
 def losses_from_outside(owner):
     """The losses of a model that are known before a step: on symbolic tensors and functions."""
-    symbolic = [Loss(extra["name"], value) for kind, value, extra in vars(owner).get("_symbolic", ()) if kind == "loss"]
+    symbolic = [
+        Loss(extra["name"], value) for kind, value, extra in vars(owner).get("_tfloop_symbolic", ()) if kind == "loss"
+    ]
     return [*symbolic, *registry(owner).losses]
 
 

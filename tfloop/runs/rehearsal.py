@@ -44,7 +44,7 @@ def verify(model, x, y, steps=STEPS, **arguments):
     arguments = _without_a_trace(arguments)
     source = build(model, x, y, arguments)
     if not source.addressable:
-        x, y, arguments = _recorded(source, steps * model._choices["accumulate"], arguments)
+        x, y, arguments = _recorded(source, steps * model._tfloop_choices["accumulate"], arguments)
     variables = {**reproducibility.state_variables(model), **reproducibility.process_variables(create=True)}
     before, random = reproducibility.snapshot(variables), reproducibility.random_state()
     found = []
@@ -102,7 +102,7 @@ def _source(model, x, y, arguments):
 
 def build(model, x, y, arguments):
     """Makes all variables of a model, as `fit` would. Returns the source of its data."""
-    loop = model._get_loop()
+    loop = model._tfloop_get_loop()
     source = _source(model, x, y, arguments)
     loop.build(source)
     make_state(model, loop, source)
@@ -140,7 +140,7 @@ def dry_run(model, x, y, **arguments):
     yield from table((name, *_described(tensor)) for name, tensor in tensors if name not in names)
     before = reproducibility.snapshot(variables)
     try:
-        row, layout = model._get_loop().step(batch)
+        row, layout = model._tfloop_get_loop().step(batch)
     finally:
         reproducibility.assign(variables, before)
     yield f"\nThe first step, on {abs(int(row[0]))} examples:"
