@@ -66,6 +66,29 @@ def test_hooks_come_in_keras_order_with_keras_values():
         np.testing.assert_allclose(a[-1], b[-1], rtol=1e-5, err_msg=a[0])  # the model as of that step
 
 
+def test_every_hook_gets_a_dict_of_the_logs_that_keras_gives_it():
+    def calls(kind):
+        seen = []
+
+        def note(name, *where_and_logs):
+            *where, logs = where_and_logs
+            seen.append((name, *where, type(logs), sorted(logs)))
+
+        class Recording(keras.callbacks.Callback):
+            def __getattribute__(self, name):
+                if not name.startswith("on_"):
+                    return super().__getattribute__(name)
+                return lambda *where, **logs: note(name, *where, *logs.values())
+
+        model = regression(kind)
+        fit(model, Recording(), epochs=2)
+        model.evaluate(X, Y, batch_size=8, callbacks=[Recording()], verbose=0)
+        model.predict(X, batch_size=8, callbacks=[Recording()], verbose=0)
+        return seen
+
+    assert calls(tfloop.Model) == calls(keras.Model)
+
+
 def test_early_stopping_restores_the_best_weights():
     stop = keras.callbacks.EarlyStopping("val_loss", patience=1, restore_best_weights=True, mode="max")
     model = regression()
