@@ -161,7 +161,16 @@ def test_applies_are_told_once(call, scaled):
     assert told[0][0] is optimizer and list(told[0][2]) == [variable]
     np.testing.assert_allclose(variable, [0.0, 1.0] if scaled else [-3.0, -2.0])
     assert keras.optimizers.Optimizer.apply is before
-    assert (float(_keras.loss_scale(optimizer)) == 4.0) if scaled else _keras.loss_scale(optimizer) is None
+    for scale in (_keras.loss_scale(optimizer), _keras.gradient_scale(optimizer)):
+        assert float(scale) == 4.0 if scaled else scale is None
+
+
+def test_a_fixed_loss_scale_is_what_apply_divides_by():
+    variable = keras.Variable([1.0, 2.0])
+    optimizer = keras.optimizers.SGD(1.0, loss_scale_factor=4.0)
+    assert float(_keras.loss_scale(optimizer)) == _keras.gradient_scale(optimizer) == 4.0
+    optimizer.apply([tf.constant([4.0, 4.0])], [variable])
+    np.testing.assert_allclose(variable, [0.0, 1.0])
 
 
 def test_in_call():

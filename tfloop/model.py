@@ -305,13 +305,16 @@ class Model(Adding, keras.Model):
         gradients = tape.gradient(loss, [_keras.tensor_of(v) for v in variables], output_gradients=seed)
         if step is not None:
             gradients = step.of_the_batch(gradients, weighted=True)
-        optimizer.apply(gradients, variables)
+        optimizer.apply_gradients(zip(gradients, variables, strict=True))  # not `apply`: it may be overridden
         return global_norm(gradients, scale)
 
     def _scaling(self, optimizer):
-        """The optimizer with a loss scale where the policy needs one; the same object every time."""
+        """The optimizer with a loss scale where the policy needs one; the same object every time.
+
+        Whether that of `compile` gets one was decided there.
+        """
         mixed = self.dtype_policy.name == "mixed_float16"
-        if optimizer is None or not mixed or isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        if optimizer is None or optimizer is self.optimizer or not mixed or _keras.scales_loss(optimizer):
             return optimizer
         known = self.__dict__.setdefault("_loss_scales", {})
         if id(optimizer) not in known:
