@@ -253,11 +253,16 @@ def test_training_needs_compile():
     "arguments",
     [
         {"optimizer": keras.optimizers.SGD(float("nan"))},
+        {
+            "optimizer": keras.optimizers.MultiOptimizer(
+                keras.optimizers.OptimizerMap(keras.optimizers.SGD(float("nan")))
+            )
+        },
         {"jit_compile": "fast"},
         {"steps_per_execution": 0},
         {"steps_per_execution": True},
     ],
-    ids=["NaN learning rate", "jit", "no step", "a bool"],
+    ids=["NaN learning rate", "NaN in one of several", "jit", "no step", "a bool"],
 )
 def test_compile_refuses_what_cannot_be(arguments):
     model = tfloop.Model(i := keras.Input((3,)), layers.Dense(2)(i))

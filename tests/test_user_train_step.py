@@ -702,11 +702,17 @@ def with_optimizer(base, optimizer, **mode):
     return model
 
 
+def several():
+    chosen = keras.optimizers.OptimizerMap(keras.optimizers.Adam(0.1), {".*/bias": keras.optimizers.SGD(0.01)})
+    return keras.optimizers.MultiOptimizer(chosen, loss_scale_factor=8.0)
+
+
 OPTIMIZERS = {
     "apply_gradients": lambda: Signed(0.1),
     "scale_loss": lambda: Scaling(0.1),
     "loss_scale_factor": lambda: keras.optimizers.SGD(0.1, loss_scale_factor=16.0, clipnorm=0.5),
     "dynamic": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)),
+    "several": several,
 }
 
 

@@ -798,6 +798,12 @@ def check_accumulate(value):
 def check_learning_rate(optimizer):
     if optimizer is None:
         return
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer = optimizer.inner_optimizer
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):  # has no rate of its own
+        for inner in optimizer.optimizers:
+            check_learning_rate(inner)
+        return
     rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
     if not math.isfinite(rate):
         raise ValueError(f"compile(): the optimizer's learning rate is {rate}. Expected a finite number.")
