@@ -277,8 +277,36 @@ def test_predict_needs_no_compile_and_changes_no_metric():
     before = [float(m.result()) for m in model.metrics if m.name in ("loss", "mean")]
     model.predict(X, verbose=0)
     assert [float(m.result()) for m in model.metrics if m.name in ("loss", "mean")] == before
-    fresh = tfloop.Model(i := keras.Input((3,)), layers.Dense(2)(i))
-    assert fresh.predict(X, verbose=0).shape == (10, 2)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_predict_leaves_a_model_uncompiled_whose_compile_takes_arguments_of_its_own(eager):
+    class Pair(tfloop.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(2)
+
+        def compile(self, one_optimizer, other_optimizer):
+            super().compile(one_optimizer)
+
+        def call(self, x):
+            z = self.dense(x)
+            self.add_loss(keras.ops.mean(z**2), name="size", weight=lambda step: keras.ops.cast(step, "float32"))
+            self.add_metric(keras.ops.mean(x), name="mean")
+            return z
+
+    model = Pair()
+    model.run_eagerly = eager
+    found = [model.predict(X, batch_size=4, verbose=0), model.predict_on_batch(X)]
+    expected = X @ model.dense.kernel.numpy()
+    for values in found:
+        np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-6)
+    assert not model.compiled and model.engine is None
+    with pytest.raises(ValueError, match="compile"):
+        model.evaluate(X, verbose=0)
+    model.compile("sgd", "sgd")
+    assert np.isfinite(model.fit(X, verbose=0).history["loss"]).all()
+    np.testing.assert_allclose(model.predict(X, verbose=0), model(X), rtol=1e-5, atol=1e-6)
 
 
 def test_single_batches_as_in_keras():

@@ -339,8 +339,8 @@ class Model(Adding, keras.Model):
         """
         if kind == "predict":
             with self._trainable_as_compiled():
-                return self._run_part(kind, replicas.Part(replicas.Replica(), data), self._updates.read_value())
-        updates = self._updates.read_value()
+                return self._run_part(kind, replicas.Part(replicas.Replica(), data), self._completed_updates())
+        updates = self._completed_updates()
         with self._trainable_as_compiled():
             row, layout, finite = replicas.on_replicas(self, lambda r: self._on_a_replica(kind, data, updates, r))
         if kind == "train":
@@ -348,6 +348,9 @@ class Model(Adding, keras.Model):
             for average in self._averages:
                 average.update(updates + 1, compiled=compiled)
         return (row if finite is None else marked(row, finite)), layout
+
+    def _completed_updates(self):
+        return tf.constant(0, tf.int64) if self._updates is None else self._updates.read_value()
 
     def _on_a_replica(self, kind, data, updates, replica):
         """Goes through one replica's part of a batch, which may be several that make an update together."""
@@ -508,8 +511,9 @@ class Model(Adding, keras.Model):
         state = {} if self._updates is None else {"updates": self._updates}
         return state if self._running_average is None else {**state, **self._running_average.state()}
 
-    def _get_loop(self):
-        if not self.compiled:
+    def _get_loop(self, predicts=False):
+        """The loop of the model as it is compiled. What only `predicts` needs no `compile`."""
+        if not self.compiled and not predicts:
             raise ValueError(
                 "You must call `compile()` before using the model: model.compile(optimizer=..., loss=...)."
             )
@@ -586,9 +590,7 @@ class Model(Adding, keras.Model):
 
     def predict(self, x, batch_size=None, verbose="auto", steps=None, callbacks=None):
         """The outputs for data, as NumPy arrays. Changes no metric. As `keras.Model.predict`."""
-        if not self.compiled:
-            self.compile(loss=None)
-        return self._get_loop().batchwise.predict(
+        return self._get_loop(predicts=True).batchwise.predict(
             x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
         )
 
@@ -604,9 +606,7 @@ class Model(Adding, keras.Model):
 
     def predict_on_batch(self, x):
         """The outputs for one batch, as NumPy arrays."""
-        if not self.compiled:
-            self.compile(loss=None)
-        return self._get_loop().batchwise.predict_on_batch(x)
+        return self._get_loop(predicts=True).batchwise.predict_on_batch(x)
 
 
 class FunctionalModel(Model, _keras.Functional):
