@@ -323,6 +323,32 @@ def test_single_batches_as_in_keras():
     np.testing.assert_allclose(mine.predict_on_batch(X), keras_model.predict_on_batch(X), rtol=1e-5)
 
 
+@pytest.mark.parametrize("shapes", [[(2, 3), (2, 5), (1, 5)], [(2, 3, 2), (2, 5, 2)], [(2, 3, 2), (3, 3, 4)]])
+def test_predictions_whose_batches_differ_in_other_dimensions_are_ragged(shapes):
+    def predicted(kind):
+        class Doubling(kind):
+            def call(self, x):
+                return {"twice": 2 * x, "half": x / 2}
+
+        batches = ((np.arange(np.prod(shape), dtype="float32").reshape(shape),) for shape in shapes)
+        return Doubling().predict(batches, verbose=0)
+
+    mine, keras_ = predicted(tfloop.Model), predicted(keras.Model)
+    for name, expected in keras_.items():
+        assert isinstance(mine[name], tf.RaggedTensor)
+        assert mine[name].shape.as_list() == expected.shape.as_list() and mine[name].dtype == expected.dtype
+        assert mine[name].to_list() == expected.to_list()
+
+
+def test_predictions_that_are_sparse_are_put_together():
+    class Sparse(tfloop.Model):
+        def call(self, x):
+            return tf.sparse.from_dense(tf.nn.relu(x))
+
+    found = Sparse().predict(X, batch_size=4, verbose=0)
+    np.testing.assert_array_equal(tf.sparse.to_dense(found), np.maximum(X, 0))
+
+
 RAGGED = tf.RaggedTensor.from_row_lengths(X.ravel(), [1, 4, 3, 0, 5, 2, 2, 6, 3, 4])
 SPARSE = tf.sparse.from_dense(np.where(X > 0.3, X, 0))
 
