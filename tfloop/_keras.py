@@ -57,8 +57,8 @@ BOOKKEEPING_ATTRIBUTES = frozenset(
 
 
 def is_bookkeeping(attribute):
-    """Whether an attribute of a layer is Keras' or (`_self_...`) TensorFlow's own record of children."""
-    return attribute in BOOKKEEPING_ATTRIBUTES or attribute.startswith("_self_")
+    """Whether an attribute of a layer is Keras', TensorFlow's (`_self_...`) or tfloop's own record of children."""
+    return attribute in BOOKKEEPING_ATTRIBUTES or attribute.startswith(("_self_", "_tfloop_"))
 
 
 def tracked_layers(layer):

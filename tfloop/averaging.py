@@ -70,7 +70,7 @@ class WeightAverage(keras.callbacks.Callback):
 
         Under a distribution strategy it is called in the strategy's scope.
         """
-        if getattr(model, "_running_average", None) is not self:
+        if getattr(model, "_tfloop_running_average", None) is not self:
             refuse_swapped(model)
         if not model.built:
             raise ValueError(f"{model.name!r} has no weights yet: build it before averaging them.")
@@ -81,7 +81,7 @@ class WeightAverage(keras.callbacks.Callback):
             self._weights = weights
             self._averages = [state_like(w) for w in weights]
             self.count = keras.Variable(0, dtype="int64", trainable=False, name="average_count")
-        model._running_average = self
+        model._tfloop_running_average = self
 
     def begin(self):
         """Takes the snapshot of `start=0`. The loop calls it before the first update of a training
@@ -170,7 +170,7 @@ class WeightAverage(keras.callbacks.Callback):
 
 def refuse_swapped(model):
     """Raises `RuntimeError` if the model holds its averaged weights: what is trained then would be lost."""
-    average = getattr(model, "_running_average", None)
+    average = getattr(model, "_tfloop_running_average", None)
     if average is not None and average.swapped:
         raise RuntimeError(
             f"{model.name!r} holds its averaged weights: leave the `with tfloop.averaged(model)` block before "
@@ -191,7 +191,7 @@ def state_like(weight):
 
 def running_average(model):
     """The model's `WeightAverage`; `ValueError` if it has none, or none with a snapshot."""
-    average = getattr(model, "_running_average", None)
+    average = getattr(model, "_tfloop_running_average", None)
     if average is None:
         raise ValueError(
             f"{model.name!r} has no running average: train it with `callbacks=[tfloop.WeightAverage(...)]`."

@@ -26,6 +26,16 @@ from tfloop.step import current_step, running
 from tfloop.steps import ModelSteps
 
 
+class Default:
+    """A property in whose place a user's own attribute of that name may stand."""
+
+    def __init__(self, function):
+        self._function, self.__doc__ = function, function.__doc__
+
+    def __get__(self, instance, owner=None):
+        return self if instance is None else self._function(instance)
+
+
 class Model(Adding, keras.Model):
     """A `keras.Model` with losses and metrics on any tensor, and a loop of its own.
 
@@ -50,17 +60,19 @@ class Model(Adding, keras.Model):
         if cls is Model and is_functional(args, kwargs):
             return FunctionalModel.__new__(FunctionalModel, *args, **kwargs)
         made = super().__new__(cls, *args, **kwargs)
-        # Beside Keras' tracking: neither is a layer or a weight, and a model that is built may change them.
-        made.__dict__["_terms"] = terms.Terms()
-        made.__dict__["_updates"] = None
-        made.__dict__["_loop"] = None
-        made.__dict__["_as_compiled"] = {}
-        made.__dict__["_tracks_loss"] = False  # whether a step updates the compiled loss tracker itself
-        made.__dict__["_averages"] = []
-        made.__dict__["_running_average"] = None
-        made.__dict__["_measures_each_step"] = False
-        made.__dict__["_micro_batch"] = None
-        made.__dict__["_guarded"] = False
+        # Beside Keras' tracking: neither is a layer or a weight, and a model that is built may change them. What is
+        # put on a user's model has names that no user would choose.
+        made.__dict__["_tfloop_terms"] = terms.Terms()
+        made.__dict__["_tfloop_updates"] = None
+        made.__dict__["_tfloop_loop"] = None
+        made.__dict__["_tfloop_as_compiled"] = {}
+        made.__dict__["_tfloop_tracks_loss"] = False  # whether a step updates the compiled loss tracker itself
+        made.__dict__["_tfloop_averages"] = []
+        made.__dict__["_tfloop_running_average"] = None
+        made.__dict__["_tfloop_measures_each_step"] = False
+        made.__dict__["_tfloop_micro_batch"] = None
+        made.__dict__["_tfloop_guarded"] = False
+        made.__dict__["_tfloop_loss_scales"] = {}  # id(optimizer) -> what scales the loss for it
         return made
 
     def __init__(self, *args, **kwargs):
@@ -103,18 +115,22 @@ class Model(Adding, keras.Model):
 
     def _register_loss(self, value, name, weight):
         terms.takes_tensors(value)  # refuses a function of two arguments
-        self._terms.add_loss(value, name, weight)
+        self._tfloop_terms.add_loss(value, name, weight)
 
     def _register_metric(self, value, name, aggregation):
         terms.takes_tensors(value)
-        self._check_new_metric(name)
-        self._terms.add_metric(value, name, aggregation)
+        self._tfloop_check_new_metric(name)
+        self._tfloop_terms.add_metric(value, name, aggregation)
         terms.term_metric(self, name, aggregation)
 
-    def _check_new_metric(self, name):
+    def _tfloop_check_new_metric(self, name):
         """Two metrics of one name in one place: an attribute, a symbolic or a registered one has it already."""
-        symbolic = [extra["name"] for kind, _, extra in self.__dict__.get("_symbolic", ()) if kind == "metric"]
-        if name in (*(m.name for m in _keras.own_metrics(self)), *symbolic, *(t.name for t in self._terms.metrics)):
+        symbolic = [extra["name"] for kind, _, extra in self.__dict__.get("_tfloop_symbolic", ()) if kind == "metric"]
+        if name in (
+            *(m.name for m in _keras.own_metrics(self)),
+            *symbolic,
+            *(t.name for t in self._tfloop_terms.metrics),
+        ):
             raise ValueError(terms.two_of_one_name(name))
 
     def watch(self, pattern, statistic="rms", every=1):
@@ -135,7 +151,7 @@ class Model(Adding, keras.Model):
         model.watch("gradients/*/kernel", "norm", every=10)
         ```
         """
-        self._terms.watch(pattern, statistic, every)
+        self._tfloop_terms.watch(pattern, statistic, every)
 
     # Weights.
 
@@ -157,7 +173,7 @@ class Model(Adding, keras.Model):
         ```
         """
         found = weights.parametrize(self, pattern, parametrization)
-        self._terms.version += 1
+        self._tfloop_terms.version += 1
         return found
 
     def effective_weights(self):
@@ -170,9 +186,9 @@ class Model(Adding, keras.Model):
         """One training step on a batch `x`, `(x, y)` or `(x, y, sample_weight)`. Returns the metrics' results."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         with tf.GradientTape() as tape:
-            y_pred = self._forward(x, training=True)
+            y_pred = self._tfloop_forward(x, training=True)
             loss = self._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
-        self._note_loss(loss)
+        self._tfloop_note_loss(loss)
         if self.trainable_variables:
             self.minimize(loss, self.trainable_variables, tape=tape)
         else:
@@ -182,12 +198,12 @@ class Model(Adding, keras.Model):
     def test_step(self, data):
         """One evaluation step on a batch. Returns the metrics' results."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        y_pred = self._forward(x, training=False)
+        y_pred = self._tfloop_forward(x, training=False)
         loss = self._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=False)
-        self._note_loss(loss)
+        self._tfloop_note_loss(loss)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
-    def _forward(self, x, training):
+    def _tfloop_forward(self, x, training):
         # Given also where `call` does not name it: layers inside hear of it by Keras' call context. Keras' own step
         # leaves it out there, and then Dropout and BatchNormalization do not train.
         return self(x, training=training)
@@ -200,7 +216,7 @@ class Model(Adding, keras.Model):
         Raises `ValueError` when there is no loss at all.
         """
         del x, training
-        compiled = self._compiled_losses(y, y_pred, sample_weight)
+        compiled = self._tfloop_compiled_losses(y, y_pred, sample_weight)
         step = model_step(self)
         taken = ("loss", "other_losses", *compiled)
         named, others = ({}, self.losses) if step is None else step.named_losses(self.losses, taken)
@@ -219,7 +235,7 @@ class Model(Adding, keras.Model):
             step.loss_parts, step.computed_loss = parts, total
         return total
 
-    def _compiled_losses(self, y, y_pred, sample_weight):
+    def _tfloop_compiled_losses(self, y, y_pred, sample_weight):
         if self._compile_loss is None:
             return {}
         if y is None and self.loss is not None and keras.tree.flatten(y_pred):
@@ -238,7 +254,7 @@ class Model(Adding, keras.Model):
             found[names.unique(f"{name}_loss", found)] = tf.convert_to_tensor(value)
         return found
 
-    def _note_loss(self, loss):
+    def _tfloop_note_loss(self, loss):
         """Keeps the loss and its parts for the record, what an overridden `compute_loss` added as a rest."""
         step = model_step(self)
         if step is None:
@@ -281,7 +297,7 @@ class Model(Adding, keras.Model):
                 return {"critic_loss": loss, "critic_norm": norm}
         ```
         """
-        optimizer = self._scaling(optimizer if optimizer is not None else self.optimizer)
+        optimizer = self._tfloop_scaling(optimizer if optimizer is not None else self.optimizer)
         if optimizer is None:
             raise ValueError("minimize(): there is no optimizer. Give one to compile(optimizer=...), or to minimize.")
         variables = list(variables)
@@ -308,7 +324,7 @@ class Model(Adding, keras.Model):
         optimizer.apply_gradients(zip(gradients, variables, strict=True))  # not `apply`: it may be overridden
         return global_norm(gradients, scale)
 
-    def _scaling(self, optimizer):
+    def _tfloop_scaling(self, optimizer):
         """The optimizer with a loss scale where the policy needs one; the same object every time.
 
         Whether that of `compile` gets one was decided there.
@@ -316,7 +332,7 @@ class Model(Adding, keras.Model):
         mixed = self.dtype_policy.name == "mixed_float16"
         if optimizer is None or optimizer is self.optimizer or not mixed or _keras.scales_loss(optimizer):
             return optimizer
-        known = self.__dict__.setdefault("_loss_scales", {})
+        known = self._tfloop_loss_scales
         if id(optimizer) not in known:
             known[id(optimizer)] = keras.optimizers.LossScaleOptimizer(optimizer)
         return known[id(optimizer)]
@@ -332,46 +348,50 @@ class Model(Adding, keras.Model):
                 found.update(result if isinstance(result, dict) else {metric.name: result})
         return found
 
-    def run_step(self, kind, data, compiled=False):
+    def _tfloop_run_step(self, kind, data, compiled=False):
         """Runs `train_step`, `test_step` or `predict_step` on a batch, as the loop does. `compiled`: by XLA.
 
         Returns the step's row and its layout (see `loop/record.py`); for `"predict"` the predictions.
         """
         if kind == "predict":
-            with self._trainable_as_compiled():
-                return self._run_part(kind, replicas.Part(replicas.Replica(), data), self._completed_updates())
-        updates = self._completed_updates()
-        with self._trainable_as_compiled():
-            row, layout, finite = replicas.on_replicas(self, lambda r: self._on_a_replica(kind, data, updates, r))
+            with self._tfloop_trainable_as_compiled():
+                return self._tfloop_run_part(
+                    kind, replicas.Part(replicas.Replica(), data), self._tfloop_completed_updates()
+                )
+        updates = self._tfloop_completed_updates()
+        with self._tfloop_trainable_as_compiled():
+            row, layout, finite = replicas.on_replicas(
+                self, lambda r: self._tfloop_on_a_replica(kind, data, updates, r)
+            )
         if kind == "train":
-            self._updates.assign_add(1)
-            for average in self._averages:
+            self._tfloop_updates.assign_add(1)
+            for average in self._tfloop_averages:
                 average.update(updates + 1, compiled=compiled)
         return (row if finite is None else marked(row, finite)), layout
 
-    def _completed_updates(self):
-        return tf.constant(0, tf.int64) if self._updates is None else self._updates.read_value()
+    def _tfloop_completed_updates(self):
+        return tf.constant(0, tf.int64) if self._tfloop_updates is None else self._tfloop_updates.read_value()
 
-    def _on_a_replica(self, kind, data, updates, replica):
+    def _tfloop_on_a_replica(self, kind, data, updates, replica):
         """Goes through one replica's part of a batch, which may be several that make an update together."""
         batches, accumulation = [data], None
-        if kind == "train" and self._micro_batch is not None:
-            batches = micro_batches(data, self._micro_batch)
+        if kind == "train" and self._tfloop_micro_batch is not None:
+            batches = micro_batches(data, self._tfloop_micro_batch)
         if len(batches) > 1:
             accumulation = Accumulation([int(keras.tree.flatten(batch)[0].shape[0]) for batch in batches])
         rows, applied = [], []
         for batch in batches:
             part = replica.part(batch)
             with part.metrics_of(self):
-                row, layout = self._run_part(kind, part, updates, accumulation, applied)
+                row, layout = self._tfloop_run_part(kind, part, updates, accumulation, applied)
             rows.append((part.counted(row), layout))
             if accumulation is not None:
                 accumulation.next_batch()
         row, layout = merged(rows)
-        finite = is_finite(losses(row, layout), applied) if kind == "train" and self._guarded else None
+        finite = is_finite(losses(row, layout), applied) if kind == "train" and self._tfloop_guarded else None
         return row, layout, finite
 
-    def _run_part(self, kind, part, updates, accumulation=None, applied=()):
+    def _tfloop_run_part(self, kind, part, updates, accumulation=None, applied=()):
         """Goes through one batch, or one replica's part of it."""
         step = ModelStep(self, kind, part.data, updates, accumulation, part if part.replicated else None)
         with running(step):
@@ -380,7 +400,7 @@ class Model(Adding, keras.Model):
             if kind == "predict":
                 return returned
             applied.extend(step.applied)
-            if kind == "train" and self._guarded:
+            if kind == "train" and self._tfloop_guarded:
                 applied.extend(step.unseen_updates())
             lazily = getattr(type(self), f"{kind}_step") is getattr(Model, f"{kind}_step")
             return step.row(returned, lazily)
@@ -428,17 +448,17 @@ class Model(Adding, keras.Model):
             auto_scale_loss=auto_scale_loss,
         )
         check_learning_rate(self.optimizer)
-        self.__dict__["_choices"] = {
+        self.__dict__["_tfloop_choices"] = {
             "steps_per_execution": steps_per_execution,
             "jit_compile": jit_compile,
             "accumulate": accumulate,
         }
-        self.__dict__["_micro_batch"] = None
-        if self._updates is None:
-            self.__dict__["_updates"] = plain_variable(0, dtype=tf.int64, name="updates")
-        self.__dict__["_loop"] = None
-        self.__dict__["_tracks_loss"] = False
-        self.__dict__["_as_compiled"] = {
+        self.__dict__["_tfloop_micro_batch"] = None
+        if self._tfloop_updates is None:
+            self.__dict__["_tfloop_updates"] = plain_variable(0, dtype=tf.int64, name="updates")
+        self.__dict__["_tfloop_loop"] = None
+        self.__dict__["_tfloop_tracks_loss"] = False
+        self.__dict__["_tfloop_as_compiled"] = {
             layer: (layer.trainable, [(v, v.trainable) for v in _keras.own_trainable_variables(layer)])
             for _, layer in names.walk(self)
             if isinstance(layer, keras.layers.Layer)
@@ -446,7 +466,7 @@ class Model(Adding, keras.Model):
 
     def get_compile_config(self):
         config = super().get_compile_config()
-        return {**config, **self.__dict__.get("_choices", {})} if config else config
+        return {**config, **self.__dict__.get("_tfloop_choices", {})} if config else config
 
     def compile_from_config(self, config):
         """Compiles with what `get_compile_config` returned."""
@@ -455,11 +475,11 @@ class Model(Adding, keras.Model):
             self.optimizer.build(self.trainable_variables)
 
     @contextlib.contextmanager
-    def _trainable_as_compiled(self):
+    def _tfloop_trainable_as_compiled(self):
         """What is trained is what was trainable at `compile`, whatever other models did to the flags since."""
         changed = [
             (layer, layer.trainable, flag, variables)
-            for layer, (flag, variables) in self._as_compiled.items()
+            for layer, (flag, variables) in self._tfloop_as_compiled.items()
             if layer.trainable != flag
         ]
         restore = []
@@ -482,19 +502,19 @@ class Model(Adding, keras.Model):
     @property
     def metrics_names(self):
         """The names of the values that `evaluate` returned; before that, those of the metric objects."""
-        return self.__dict__.get("_evaluated_names") or [m.name for m in self.metrics]
+        return self.__dict__.get("_tfloop_evaluated_names") or [m.name for m in self.metrics]
 
-    @property
+    @Default
     def engine(self):
         """The engine that the loop uses: `"eager"`, `"graph"`, `"jit"` or `"scan"`; `None` before a fit."""
-        return self._loop.engine if self._loop is not None else None
+        return self._tfloop_loop.engine if self._tfloop_loop is not None else None
 
     def reset_metrics(self):
         """Resets every metric object, also those that an overridden `metrics` does not list."""
-        for metric in self._every_metric():
+        for metric in self._tfloop_every_metric():
             metric.reset_state()
 
-    def _every_metric(self):
+    def _tfloop_every_metric(self):
         """The metric objects that `metrics` lists, and those that it does not where a user's own leaves some out."""
         found = terms.all_metrics(self)
         if type(self).metrics is Model.metrics:
@@ -502,24 +522,29 @@ class Model(Adding, keras.Model):
         return list({id(m): m for m in [*self.metrics, *found]}.values())
 
     @property
-    def _resets_all_metrics(self):
+    def _tfloop_resets_all_metrics(self):
         """Whether `reset_metrics` is the one above, which leaves none out."""
         return getattr(self.reset_metrics, "__func__", None) is Model.reset_metrics
 
     def extra_state(self):
-        """State beside weights, optimizers and seeds: the number of completed updates, the running average."""
-        state = {} if self._updates is None else {"updates": self._updates}
-        return state if self._running_average is None else {**state, **self._running_average.state()}
+        """State beside weights, optimizers and seeds: the number of completed updates, loss scales of `minimize`, the
+        running average."""
+        state = {} if self._tfloop_updates is None else {"updates": self._tfloop_updates}
+        for index, optimizer in enumerate(self._tfloop_loss_scales.values()):
+            if optimizer.built:
+                state[f"loss_scales/{index}/step_counter"] = optimizer.step_counter
+                state[f"loss_scales/{index}/dynamic_scale"] = optimizer.dynamic_scale
+        return state if self._tfloop_running_average is None else {**state, **self._tfloop_running_average.state()}
 
-    def _get_loop(self, predicts=False):
+    def _tfloop_get_loop(self, predicts=False):
         """The loop of the model as it is compiled. What only `predicts` needs no `compile`."""
         if not self.compiled and not predicts:
             raise ValueError(
                 "You must call `compile()` before using the model: model.compile(optimizer=..., loss=...)."
             )
-        if self._loop is None:
-            self.__dict__["_loop"] = fitting.Loop(ModelSteps(self))
-        return self._loop
+        if self._tfloop_loop is None:
+            self.__dict__["_tfloop_loop"] = fitting.Loop(ModelSteps(self))
+        return self._tfloop_loop
 
     def fit(
         self,
@@ -547,8 +572,8 @@ class Model(Adding, keras.Model):
         Returns a `keras.callbacks.History`.
         """
         refuse_swapped(self)
-        self.__dict__["_averages"] = [c for c in callback_objects(callbacks) if isinstance(c, WeightAverage)]
-        return self._get_loop().fit(
+        self.__dict__["_tfloop_averages"] = [c for c in callback_objects(callbacks) if isinstance(c, WeightAverage)]
+        return self._tfloop_get_loop().fit(
             x,
             y,
             batch_size=batch_size,
@@ -582,31 +607,31 @@ class Model(Adding, keras.Model):
         """The loss and metrics on data. Arguments and result as in `keras.Model.evaluate`."""
         if kwargs:
             raise TypeError(f"evaluate() got unexpected arguments: {names.listing(kwargs)}.")
-        logs = self._get_loop().evaluate(
+        logs = self._tfloop_get_loop().evaluate(
             x, y, batch_size=batch_size, verbose=verbose, sample_weight=sample_weight, steps=steps, callbacks=callbacks
         )
-        self.__dict__["_evaluated_names"] = list(logs)
+        self.__dict__["_tfloop_evaluated_names"] = list(logs)
         return logs if return_dict else as_list(logs)
 
     def predict(self, x, batch_size=None, verbose="auto", steps=None, callbacks=None):
         """The outputs for data, as NumPy arrays. Changes no metric. As `keras.Model.predict`."""
-        return self._get_loop(predicts=True).batchwise.predict(
+        return self._tfloop_get_loop(predicts=True).batchwise.predict(
             x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
         )
 
     def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
         """One update on one batch. Returns the batch's loss and metrics, as Keras does."""
-        logs = self._get_loop().batchwise.step("train", x, y, sample_weight, class_weight)
+        logs = self._tfloop_get_loop().batchwise.step("train", x, y, sample_weight, class_weight)
         return logs if return_dict else as_list(logs)
 
     def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
         """The loss and metrics of one batch."""
-        logs = self._get_loop().batchwise.step("test", x, y, sample_weight)
+        logs = self._tfloop_get_loop().batchwise.step("test", x, y, sample_weight)
         return logs if return_dict else as_list(logs)
 
     def predict_on_batch(self, x):
         """The outputs for one batch, as NumPy arrays."""
-        return self._get_loop(predicts=True).batchwise.predict_on_batch(x)
+        return self._tfloop_get_loop(predicts=True).batchwise.predict_on_batch(x)
 
 
 class FunctionalModel(Model, _keras.Functional):
@@ -617,42 +642,46 @@ class FunctionalModel(Model, _keras.Functional):
 
     def __init__(self, inputs, outputs, name=None, **kwargs):
         _keras.Functional.__init__(self, inputs, outputs, name=name, **kwargs)
-        self.__dict__["_symbolic"] = []  # (kind, KerasTensor, {"name": ...})
-        self.__dict__["_inherited"] = None
+        self.__dict__["_tfloop_symbolic"] = []  # (kind, KerasTensor, {"name": ...})
+        self.__dict__["_tfloop_inherited"] = None
         for tensor in keras.tree.flatten(outputs):
-            self._copies(*vars(tensor).pop("_cloned_by_tfloop", (None, ())))
+            self._tfloop_copies(*vars(tensor).pop("_cloned_by_tfloop", (None, ())))
         if type(self).__init__ is FunctionalModel.__init__:
-            self._inherit()
+            self._tfloop_inherit()
 
-    def _copies(self, source, values):
+    def _tfloop_copies(self, source, values):
         """This model is a clone of `source`, and `values` are its symbolic terms in the clone's graph."""
         if source is not None:
-            symbolic = [(kind, value, extra) for (kind, _, extra), value in zip(source._symbolic, values, strict=True)]
-            self.__dict__["_inherited"] = symbolic, source
+            symbolic = [
+                (kind, value, extra) for (kind, _, extra), value in zip(source._tfloop_symbolic, values, strict=True)
+            ]
+            self.__dict__["_tfloop_inherited"] = symbolic, source
 
-    def _inherit(self):
+    def _tfloop_inherit(self):
         """Takes the terms of the model this is a copy of, but for those that a user's constructor added anew."""
-        (symbolic, source), self.__dict__["_inherited"] = self._inherited or ((), None), None
-        for kind, value, extra in symbolic[len(self._symbolic) :]:
+        (symbolic, source), self.__dict__["_tfloop_inherited"] = self._tfloop_inherited or ((), None), None
+        for kind, value, extra in symbolic[len(self._tfloop_symbolic) :]:
             (self._add_symbolic_loss if kind == "loss" else self._add_symbolic_metric)(value, **extra)
         if source is None:
             return
-        for term in source._terms.losses[len(self._terms.losses) :]:
-            self._terms.add_loss(term.value, term.name, term.weight)
-        for term in source._terms.metrics[len(self._terms.metrics) :]:
+        for term in source._tfloop_terms.losses[len(self._tfloop_terms.losses) :]:
+            self._tfloop_terms.add_loss(term.value, term.name, term.weight)
+        for term in source._tfloop_terms.metrics[len(self._tfloop_terms.metrics) :]:
             self._register_metric(term.value, term.name, term.aggregation)
-        self._terms.watches.extend(w for w in source._terms.watches if w not in self._terms.watches)
+        self._tfloop_terms.watches.extend(
+            w for w in source._tfloop_terms.watches if w not in self._tfloop_terms.watches
+        )
         weights.restore_parametrizations(self, weights.parametrization_config(source))
 
     def compile(self, *args, **kwargs):
-        self._inherit()
+        self._tfloop_inherit()
         super().compile(*args, **kwargs)
 
     @property
     def layers(self):
         """The layers of the graph, those that only a loss or metric needs last."""
         found = super().layers
-        more = self._with_terms.layers if self.__dict__.get("_symbolic") else []
+        more = self._with_terms.layers if self.__dict__.get("_tfloop_symbolic") else []
         return found + [layer for layer in more if not any(layer is other for other in found)]
 
     def _run_through_graph(self, inputs, operation_fn=lambda op: op, call_fn=None):
@@ -665,22 +694,22 @@ class FunctionalModel(Model, _keras.Functional):
                 "make a plain keras.Model without losses and metrics of it. Make another one by its constructor, or by "
                 f"{type(self).__name__}.from_config(model.get_config()), and copy the weights."
             )
-        graph = self._with_terms if self._symbolic else self
+        graph = self._with_terms if self._tfloop_symbolic else self
         values = _keras.Functional._run_through_graph(graph, inputs, operation_fn=operation_fn, call_fn=call_fn)
-        outputs, *values = values if self._symbolic else [values]
+        outputs, *values = values if self._tfloop_symbolic else [values]
         keras.tree.flatten(outputs)[0]._cloned_by_tfloop = (self, values)
         return outputs
 
     def _add_symbolic_loss(self, value, name, weight):
-        self._add_symbolic(("loss", value, {"name": name, "weight": weight}))
+        self._tfloop_add_symbolic(("loss", value, {"name": name, "weight": weight}))
 
     def _add_symbolic_metric(self, value, name, aggregation):
-        self._check_new_metric(name)
-        self._add_symbolic(("metric", value, {"name": name, "aggregation": aggregation}))
+        self._tfloop_check_new_metric(name)
+        self._tfloop_add_symbolic(("metric", value, {"name": name, "aggregation": aggregation}))
         terms.term_metric(self, name, aggregation)
 
-    def _add_symbolic(self, entry):
-        entries = [*self._symbolic, entry]
+    def _tfloop_add_symbolic(self, entry):
+        entries = [*self._tfloop_symbolic, entry]
         try:
             # Tracked, so that layers that only a term needs are the model's too.
             self._with_terms = keras.Model(self._inputs_struct, [self._outputs_struct, *(t for _, t, _ in entries)])
@@ -689,15 +718,15 @@ class FunctionalModel(Model, _keras.Functional):
                 f"add_{entry[0]}(name={entry[2]['name']!r}): the symbolic tensor is not connected to the inputs of "
                 f"the model ({names.listing(t.name for t in self.inputs)}). {error}"
             ) from None
-        self.__dict__["_symbolic"] = entries
-        self._terms.version += 1
+        self.__dict__["_tfloop_symbolic"] = entries
+        self._tfloop_terms.version += 1
 
     def call(self, inputs, training=None, mask=None, **kwargs):
-        self._inherit()
-        if not self._symbolic:
+        self._tfloop_inherit()
+        if not self._tfloop_symbolic:
             return super().call(inputs, training=training, mask=mask, **kwargs)
         outputs, *values = self._with_terms.call(inputs, training=training, mask=mask, **kwargs)
-        for (kind, _, extra), value in zip(self._symbolic, values, strict=True):
+        for (kind, _, extra), value in zip(self._tfloop_symbolic, values, strict=True):
             if kind == "loss":
                 self.add_loss(value, **extra)
             else:
@@ -705,15 +734,15 @@ class FunctionalModel(Model, _keras.Functional):
         return outputs
 
     def get_config(self):
-        self._inherit()
+        self._tfloop_inherit()
         config = super().get_config()
-        if self._symbolic and not _keras.makes_its_own_graph(self):
+        if self._tfloop_symbolic and not _keras.makes_its_own_graph(self):
             config["with_terms"] = keras.saving.serialize_keras_object(self._with_terms)
             config["terms"] = [
                 {"kind": kind, **{k: keras.saving.serialize_keras_object(v) for k, v in extra.items()}}
-                for kind, _, extra in self._symbolic
+                for kind, _, extra in self._tfloop_symbolic
             ]
-        functions = [t.name or terms.label(t.value) for t in (*self._terms.losses, *self._terms.metrics)]
+        functions = [t.name or terms.label(t.value) for t in (*self._tfloop_terms.losses, *self._tfloop_terms.metrics)]
         if functions:
             warnings.warn(
                 f"{self.name!r} has losses or metrics that are functions of the step's tensors, and a file does not "
@@ -727,12 +756,12 @@ class FunctionalModel(Model, _keras.Functional):
     def from_config(cls, config, custom_objects=None):
         config = dict(config)
         parametrizations = config.pop("parametrizations", None)
-        model = cls._from_graph_config(config, custom_objects)
+        model = cls._tfloop_from_graph_config(config, custom_objects)
         weights.restore_parametrizations(model, parametrizations)
         return model
 
     @classmethod
-    def _from_graph_config(cls, config, custom_objects):
+    def _tfloop_from_graph_config(cls, config, custom_objects):
         with_terms, entries = config.pop("with_terms", None), config.pop("terms", ())
         if with_terms is None:
             return super().from_config(config, custom_objects=custom_objects)
@@ -743,8 +772,8 @@ class FunctionalModel(Model, _keras.Functional):
         for entry, value in zip(entries, values, strict=True):
             extra = {k: keras.saving.deserialize_keras_object(v, custom_objects) for k, v in entry.items()}
             symbolic.append((extra.pop("kind"), value, extra))
-        model.__dict__["_inherited"] = symbolic, None
-        model._inherit()
+        model.__dict__["_tfloop_inherited"] = symbolic, None
+        model._tfloop_inherit()
         return model
 
 

@@ -54,7 +54,7 @@ class ModelStep(Step):
         self._own_sums = {}  # id(metric object) -> (total, count) of this step alone
         self._handed_over = []  # those whose results were given to add_metric
         self._returned = []  # those whose results a user's step returned: they are shown under its names
-        self._trained = model._terms.trained
+        self._trained = model._tfloop_terms.trained
         self._paths = {id(layer): path for path, layer in names.walk(model)}
         self._gradients, self._old_weights, self._new_weights = {}, {}, {}
         self.applied = []  # gradients that went into updates, but for those that a loss scale looks after
@@ -117,9 +117,9 @@ class ModelStep(Step):
         if not self._was_updated(metric):
             self._updated.append(metric)
         if metric is _keras.loss_tracker(self.model):
-            self.model.__dict__["_tracks_loss"] = True
+            self.model.__dict__["_tfloop_tracks_loss"] = True
         here = current_graph() is self._graph
-        if not (here and self.model._measures_each_step and is_plain_mean(metric)):
+        if not (here and self.model._tfloop_measures_each_step and is_plain_mean(metric)):
             yield
             return
         variables = (metric.total, metric.count)
@@ -333,7 +333,7 @@ class ModelStep(Step):
         """`(Column, value)` for every statistic that is watched; those with one interval under one condition."""
         tensors = self.metric_tensors()
         seen, due = set(), {}
-        for watch in self.model._terms.watches:
+        for watch in self.model._tfloop_terms.watches:
             found = tensors.matching(watch.pattern)
             if not found and self.training and self._ends:
                 raise ValueError(

@@ -20,12 +20,12 @@ class ModelSteps:
         """One step, run or traced, `compiled` by XLA or not. A first eager step that fails changes no variable."""
         if not tf.executing_eagerly() or (kind, self.version) in self._ran:
             with self.model.distribute_strategy.scope():
-                return self.model.run_step(kind, batch, compiled)
+                return self.model._tfloop_run_step(kind, batch, compiled)
         variables = {**reproducibility.state_variables(self.model), **reproducibility.metric_variables(self.model)}
         before = reproducibility.snapshot(variables)
         try:
             with self.model.distribute_strategy.scope():
-                result = self.model.run_step(kind, batch)
+                result = self.model._tfloop_run_step(kind, batch)
         except Exception:
             reproducibility.assign(variables, before)
             raise
@@ -42,12 +42,12 @@ class ModelSteps:
         self._count_updates()
 
     def _build(self, model, batch):
-        with running(Step("build")), model._trainable_as_compiled(), self._taken_back(self.needs_batch):
+        with running(Step("build")), model._tfloop_trainable_as_compiled(), self._taken_back(self.needs_batch):
             if type(model).call is not keras.Model.call:
                 _keras.build(model, batch)
             elif model.optimizer is not None and not model.optimizer.built and model.trainable_variables:
                 model.optimizer.build(model.trainable_variables)
-        for average in model._averages:
+        for average in model._tfloop_averages:
             average.build(model)
 
     @property
@@ -104,13 +104,13 @@ class ModelSteps:
     @property
     def version(self):
         """Changes with whatever makes a step another one: terms, parametrisations, averages."""
-        models = [(id(m), m._terms.version) for _, m in names.walk(self.model) if hasattr(m, "_terms")]
-        return (*models, *map(id, self.model._averages), self.guarded)
+        models = [(id(m), m._tfloop_terms.version) for _, m in names.walk(self.model) if hasattr(m, "_tfloop_terms")]
+        return (*models, *map(id, self.model._tfloop_averages), self.guarded)
 
     @property
     def differs_when_compiled(self):
         """Whether a training step is traced in another way for XLA."""
-        return bool(self.model._averages)
+        return bool(self.model._tfloop_averages)
 
     @property
     def replicated(self):
@@ -128,38 +128,38 @@ class ModelSteps:
 
     @property
     def choices(self):
-        return self.model._choices
+        return self.model._tfloop_choices
 
     @property
     def guarded(self):
         """Whether a training step says, in its row, if its numbers are not finite."""
-        return self.model._guarded
+        return self.model._tfloop_guarded
 
     @guarded.setter
     def guarded(self, flag):
-        self.model.__dict__["_guarded"] = flag
+        self.model.__dict__["_tfloop_guarded"] = flag
 
     @property
     def micro_batch(self):
         """The size of the batches of which several make one update; `None` where a batch makes one."""
-        return self.model._micro_batch
+        return self.model._tfloop_micro_batch
 
     @micro_batch.setter
     def micro_batch(self, size):
-        self.model.__dict__["_micro_batch"] = size
+        self.model.__dict__["_tfloop_micro_batch"] = size
 
     @property
     def updates(self):
-        return self.model._updates
+        return self.model._tfloop_updates
 
     def start(self):
         """Called before training."""
-        for average in self.model._averages:
+        for average in self.model._tfloop_averages:
             average.begin()
 
     def measure_each_step(self):
         """From now on the record has the values of compiled metrics over each step alone, too."""
-        self.model.__dict__["_measures_each_step"] = True
+        self.model.__dict__["_tfloop_measures_each_step"] = True
 
     def initial_epoch(self, given):
         """Where training begins: a callback may have restored a later epoch."""
@@ -174,7 +174,7 @@ class ModelSteps:
     def for_validation(self):
         """The context in which validation runs: with the averaged weights, if an average asks for it."""
         stack = contextlib.ExitStack()
-        for average in self.model._averages:
+        for average in self.model._tfloop_averages:
             stack.enter_context(average.for_validation(self.model))
         return stack
 
@@ -183,10 +183,10 @@ class ModelSteps:
 
         `but`: those that the caller resets.
         """
-        if not self.model._resets_all_metrics:
+        if not self.model._tfloop_resets_all_metrics:
             self.model.reset_metrics()
         left = {id(m) for m in but}
-        for metric in self.model._every_metric():
+        for metric in self.model._tfloop_every_metric():
             if id(metric) not in left:
                 metric.reset_state()
 
@@ -194,7 +194,7 @@ class ModelSteps:
         """The metric objects that a graph can reset. None where a strategy keeps their variables on several devices."""
         if self.replicated:
             return []
-        return [m for m in self.model._every_metric() if terms.resets_its_variables(m)]
+        return [m for m in self.model._tfloop_every_metric() if terms.resets_its_variables(m)]
 
     def metric_variables(self):
         """The variables of all metric objects, on every device here."""
@@ -208,7 +208,7 @@ class ModelSteps:
             for name, metric in terms.term_metrics(layer).items()
             if isinstance(metric, terms.TermMetric)
         ]
-        tracker = None if self.model._tracks_loss else _keras.loss_tracker(self.model)
+        tracker = None if self.model._tfloop_tracks_loss else _keras.loss_tracker(self.model)
         assign = keras.Variable.assign if self.replicated else lambda v, number: operation.assign(v.value, number)
 
         def publish(values):

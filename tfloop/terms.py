@@ -261,7 +261,7 @@ _NOTHING = Terms()
 
 def registry(owner):
     """The terms registered on a model; none for anything else."""
-    return getattr(owner, "_terms", _NOTHING)
+    return getattr(owner, "_tfloop_terms", _NOTHING)
 
 
 def resets_its_variables(metric):

@@ -38,11 +38,11 @@ def test_changing_the_engine_or_its_trial_traces_no_step_anew():
     x, y = data(16)
     model.fit(x, y, batch_size=4, verbose=0)
     source = make_source(x, y, None, 4)
-    program = model._loop._runner.program("train", source.spec)
+    program = model._tfloop_loop._runner.program("train", source.spec)
     calls = model.calls
     feed = source.sample(4, 4)
     for engine in ("graph", "jit", "scan"):
-        model._loop._runner.run(engine, "train", feed, 0)
+        model._tfloop_loop._runner.run(engine, "train", feed, 0)
     assert model.calls == calls and program.layout is not None
 
 
@@ -186,6 +186,6 @@ def test_values_that_nobody_asked_for_are_not_computed():
     model = compiled(tfloop.Model(inputs, layers.Dense(3)(hidden)), jit_compile=False)
     x, y = data(8)
     model.fit(x, y, verbose=0)
-    (program,) = model._loop._runner._programs.values()
+    (program,) = model._tfloop_loop._runner._programs.values()
     assert program.layout.order == ("loss", "accuracy")
     assert "Histogram" not in " ".join(program.operations)

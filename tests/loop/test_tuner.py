@@ -192,16 +192,16 @@ def test_an_explicit_choice_is_obeyed_without_a_clock(engine, monkeypatch):
     model = fresh(**ENGINES[engine])
     x, y = data(8)
     model.fit(x, y, batch_size=4, verbose=0)
-    assert model.engine == engine == model._loop.choice["engine"]
+    assert model.engine == engine == model._tfloop_loop.choice["engine"]
 
 
 def test_a_recorded_choice_is_obeyed(monkeypatch):
     noclock(monkeypatch)
     model = fresh()
-    model._get_loop().use({"engine": "scan", "evaluation": "graph"})
+    model._tfloop_get_loop().use({"engine": "scan", "evaluation": "graph"})
     x, y = data(8)
     model.fit(x, y, batch_size=4, verbose=0)
-    assert model.engine == "scan" and model._loop.choice["evaluation"] == "graph"
+    assert model.engine == "scan" and model._tfloop_loop.choice["evaluation"] == "graph"
 
 
 def test_deterministic_operations_leave_nothing_to_a_clock(monkeypatch):
@@ -242,13 +242,13 @@ def test_a_trial_leaves_no_trace(form, monkeypatch, capsys):
         model = fresh(Stateful)
         model.parametrize("hidden/kernel", SpectralNorm())
         if not trial:
-            model._get_loop().use(choice)
+            model._tfloop_get_loop().use(choice)
         before = []
         model.fit(**feeds, epochs=2, verbose=1, callbacks=[AtBegin(before)])
-        choice = model._loop.choice
+        choice = model._tfloop_loop.choice
         states.append([*before, tfloop.fingerprint(model), model.history.history])
     assert states[0] == states[1]
-    assert set(model._loop.choice) == {"engine", "evaluation", "seconds"}
+    assert set(model._tfloop_loop.choice) == {"engine", "evaluation", "seconds"}
     assert capsys.readouterr().out.count("Engine ") == 1
 
 
@@ -266,7 +266,7 @@ def test_a_trial_says_nothing_when_nothing_is_to_be_shown(monkeypatch, capsys):
     x, y = data(24)
     model = fresh()
     model.fit(x, y, batch_size=4, verbose=0)
-    assert capsys.readouterr().out == "" and len(model._loop.choice["seconds"]) == 3
+    assert capsys.readouterr().out == "" and len(model._tfloop_loop.choice["seconds"]) == 3
 
 
 def uncompilable(y_true, y_pred):

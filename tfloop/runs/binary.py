@@ -206,11 +206,11 @@ def adapt(model):
     if not model.compiled:
         raise Refused("The model is not compiled: call model.compile(optimizer=..., loss=...) before `train`.")
     if FLAGS.strategy != "none":
-        model._choices["jit_compile"] = False  # whatever the binary says, which may not have thought of replicas
+        model._tfloop_choices["jit_compile"] = False  # whatever the binary says, which may not have thought of replicas
     elif FLAGS["jit"].present:
-        model._choices["jit_compile"] = JIT[FLAGS.jit]
+        model._tfloop_choices["jit_compile"] = JIT[FLAGS.jit]
     if FLAGS["accumulate"].present:
-        model._choices["accumulate"] = FLAGS.accumulate
+        model._tfloop_choices["accumulate"] = FLAGS.accumulate
     for watch in FLAGS.watch:
         with named(watch, "watch"):
             model.watch(watch.pattern, watch.statistic)

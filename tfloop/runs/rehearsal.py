@@ -80,7 +80,7 @@ def _source(model, x, y, arguments):
 
 def build(model, x, y, arguments):
     """Makes all variables of a model, as `fit` would. Returns the source of its data."""
-    loop = model._get_loop()
+    loop = model._tfloop_get_loop()
     source = _source(model, x, y, arguments)
     loop.build(source)
     make_state(model, loop, source)
@@ -118,7 +118,7 @@ def dry_run(model, x, y, **arguments):
     yield from table((name, *_described(tensor)) for name, tensor in tensors if name not in names)
     before = reproducibility.snapshot(variables)
     try:
-        row, layout = model._get_loop().step(batch)
+        row, layout = model._tfloop_get_loop().step(batch)
     finally:
         reproducibility.assign(variables, before)
     yield f"\nThe first step, on {abs(int(row[0]))} examples:"
