@@ -286,3 +286,15 @@ def test_assigned_variables_are_told():
         variable.assign(5.0)
     variable.assign(6.0)
     assert [v is variable for v in seen] == [True, True]
+
+
+def test_a_gradient_of_a_loop_traced_for_xla_is_compiled_within_a_later_graph():
+    variable = tf.Variable(2.0)
+
+    def gradient():
+        with _keras.traced_for_xla(), tf.GradientTape() as tape:
+            _, y = tf.while_loop(lambda i, _: i < 3, lambda i, y: (i + 1, y * variable), (0, 1.0), maximum_iterations=3)
+        return tape.gradient(y, variable)
+
+    traced = tf.function(gradient, autograph=False).get_concrete_function()
+    assert float(tf.function(lambda: traced(), jit_compile=True)()) == 12.0

@@ -22,6 +22,7 @@ from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.random import seed_generator
 from keras.src.utils.rng_utils import get_random_seed
 from tensorflow.python.framework.config import is_op_determinism_enabled
+from tensorflow.python.ops.control_flow_ops import XLAControlFlowContext
 
 # Attributes in which Keras keeps its own books: those that hold layers name none of them, the others hold none.
 BOOKKEEPING_ATTRIBUTES = frozenset(
@@ -636,6 +637,21 @@ def restored_epoch(model):
 def are_operations_deterministic():
     """Whether `tf.config.experimental.enable_op_determinism` was called. TensorFlow has no public question."""
     return is_op_determinism_enabled()
+
+
+@contextlib.contextmanager
+def traced_for_xla():
+    """What is traced here will be compiled by XLA, as a part of a graph that comes later.
+
+    `tf.function(jit_compile=True)` enters this context for what it traces itself. The gradient of a loop is then made
+    with lists of a fixed size, as XLA needs them.
+    """
+    context = XLAControlFlowContext()
+    context.Enter()
+    try:
+        yield
+    finally:
+        context.Exit()
 
 
 def is_cloning(operation_fn):
