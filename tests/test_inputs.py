@@ -323,6 +323,36 @@ def test_single_batches_as_in_keras():
     np.testing.assert_allclose(mine.predict_on_batch(X), keras_model.predict_on_batch(X), rtol=1e-5)
 
 
+class Series:
+    """What a series of pandas offers."""
+
+    def __init__(self, values):
+        self.iloc = self._values = values
+        self.shape, self.ndim, self.dtype = values.shape, values.ndim, values.dtype
+
+    def to_numpy(self):
+        return self._values
+
+
+def test_a_series_of_pandas_is_a_column_as_in_keras():
+    class Shapes(tfloop.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense, self.seen = layers.Dense(1), []
+
+        def call(self, x):
+            return self.dense(x)
+
+        def train_step(self, data):
+            self.seen.append([part.shape.as_list() for part in data])
+            return super().train_step(data)
+
+    model = Shapes()
+    model.compile("sgd", "mse")
+    model.fit(X, Series(Y[:, 0]), sample_weight=Series(np.ones(10)), batch_size=5, verbose=0)
+    assert model.seen == [[[5, 3], [5, 1], [5, 1]]]
+
+
 @pytest.mark.parametrize("shapes", [[(2, 3), (2, 5), (1, 5)], [(2, 3, 2), (2, 5, 2)], [(2, 3, 2), (3, 3, 4)]])
 def test_predictions_whose_batches_differ_in_other_dimensions_are_ragged(shapes):
     def predicted(kind):
