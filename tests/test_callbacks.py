@@ -225,3 +225,25 @@ def test_metric_objects_hold_each_batchs_values_for_a_callback_that_sees_batches
     assert len(mine.seen) == 9
     for (found,), (expected,) in zip(mine.seen, theirs.seen, strict=True):
         assert found == (expected[0], pytest.approx(expected[1], rel=1e-5))
+
+
+@pytest.mark.parametrize("method", ["evaluate", "test_on_batch", "train_on_batch"])
+@pytest.mark.parametrize("hook", ["on_train_batch_begin", "on_train_batch_end", "on_test_batch_end"])
+def test_what_a_batch_hook_evaluates_leaves_the_epochs_metrics_as_they_are(method, hook):
+    class Evaluating(keras.callbacks.Callback):
+        seen = []
+
+    def evaluate(self, batch, logs=None):
+        if batch < 2:  # the evaluation has hooks too
+            options = {"verbose": 0} if method == "evaluate" else {}
+            self.seen.append(getattr(self.model, method)(X[:5] + 1, Y[:5], **options)[1])
+
+    setattr(Evaluating, hook, evaluate)
+    expected = fit(regression(rate=0.0), epochs=2).history
+    found = fit(regression(rate=0.0), Evaluating(), epochs=2).history
+    assert list(found) == list(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-6)
+    model = regression(rate=0.0)
+    np.testing.assert_allclose(Evaluating.seen, model.evaluate(X[:5] + 1, Y[:5], verbose=0)[1], rtol=1e-5)
+    np.testing.assert_allclose(model.get_metrics_result()["mae"], Evaluating.seen[0], rtol=1e-5)

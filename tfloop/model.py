@@ -607,9 +607,10 @@ class Model(Adding, keras.Model):
         """The loss and metrics on data. Arguments and result as in `keras.Model.evaluate`."""
         if kwargs:
             raise TypeError(f"evaluate() got unexpected arguments: {names.listing(kwargs)}.")
-        logs = self._tfloop_get_loop().evaluate(
-            x, y, batch_size=batch_size, verbose=verbose, sample_weight=sample_weight, steps=steps, callbacks=callbacks
-        )
+        loop = self._tfloop_get_loop()
+        options = {"batch_size": batch_size, "verbose": verbose, "sample_weight": sample_weight, "steps": steps}
+        with loop.apart():
+            logs = loop.evaluate(x, y, callbacks=callbacks, **options)
         self.__dict__["_tfloop_evaluated_names"] = list(logs)
         return logs if return_dict else as_list(logs)
 
@@ -621,12 +622,16 @@ class Model(Adding, keras.Model):
 
     def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
         """One update on one batch. Returns the batch's loss and metrics, as Keras does."""
-        logs = self._tfloop_get_loop().batchwise.step("train", x, y, sample_weight, class_weight)
+        loop = self._tfloop_get_loop()
+        with loop.apart():
+            logs = loop.batchwise.step("train", x, y, sample_weight, class_weight)
         return logs if return_dict else as_list(logs)
 
     def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
         """The loss and metrics of one batch."""
-        logs = self._tfloop_get_loop().batchwise.step("test", x, y, sample_weight)
+        loop = self._tfloop_get_loop()
+        with loop.apart():
+            logs = loop.batchwise.step("test", x, y, sample_weight)
         return logs if return_dict else as_list(logs)
 
     def predict_on_batch(self, x):
