@@ -140,6 +140,20 @@ def test_loss_scaling_counts_updates():
         keras.config.set_dtype_policy("float32")
 
 
+def test_an_optimizer_of_several_counts_updates_in_all_of_them():
+    def made(accumulate):
+        model = net()
+        chosen = keras.optimizers.OptimizerMap(keras.optimizers.Adam(0.1), {".*/bias": keras.optimizers.SGD(0.1)})
+        model.compile(keras.optimizers.MultiOptimizer(chosen), "mse", accumulate=accumulate)
+        return model
+
+    small, large = made(3), made(1)
+    fit(small, 2), fit(large, 6)
+    assert [int(o.iterations) for o in (small.optimizer, *small.optimizer.optimizers)] == [8, 8, 8]
+    for one, other in zip(small.get_weights(), large.get_weights(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("value", [0, -1, True, 1.5])
 def test_a_number_that_is_none_is_refused(value):
     with pytest.raises(ValueError, match="accumulate"):

@@ -66,6 +66,29 @@ def test_hooks_come_in_keras_order_with_keras_values():
         np.testing.assert_allclose(a[-1], b[-1], rtol=1e-5, err_msg=a[0])  # the model as of that step
 
 
+def test_every_hook_gets_a_dict_of_the_logs_that_keras_gives_it():
+    def calls(kind):
+        seen = []
+
+        def note(name, *where_and_logs):
+            *where, logs = where_and_logs
+            seen.append((name, *where, type(logs), sorted(logs)))
+
+        class Recording(keras.callbacks.Callback):
+            def __getattribute__(self, name):
+                if not name.startswith("on_"):
+                    return super().__getattribute__(name)
+                return lambda *where, **logs: note(name, *where, *logs.values())
+
+        model = regression(kind)
+        fit(model, Recording(), epochs=2)
+        model.evaluate(X, Y, batch_size=8, callbacks=[Recording()], verbose=0)
+        model.predict(X, batch_size=8, callbacks=[Recording()], verbose=0)
+        return seen
+
+    assert calls(tfloop.Model) == calls(keras.Model)
+
+
 def test_early_stopping_restores_the_best_weights():
     stop = keras.callbacks.EarlyStopping("val_loss", patience=1, restore_best_weights=True, mode="max")
     model = regression()
@@ -202,3 +225,25 @@ def test_metric_objects_hold_each_batchs_values_for_a_callback_that_sees_batches
     assert len(mine.seen) == 9
     for (found,), (expected,) in zip(mine.seen, theirs.seen, strict=True):
         assert found == (expected[0], pytest.approx(expected[1], rel=1e-5))
+
+
+@pytest.mark.parametrize("method", ["evaluate", "test_on_batch", "train_on_batch"])
+@pytest.mark.parametrize("hook", ["on_train_batch_begin", "on_train_batch_end", "on_test_batch_end"])
+def test_what_a_batch_hook_evaluates_leaves_the_epochs_metrics_as_they_are(method, hook):
+    class Evaluating(keras.callbacks.Callback):
+        seen = []
+
+    def evaluate(self, batch, logs=None):
+        if batch < 2:  # the evaluation has hooks too
+            options = {"verbose": 0} if method == "evaluate" else {}
+            self.seen.append(getattr(self.model, method)(X[:5] + 1, Y[:5], **options)[1])
+
+    setattr(Evaluating, hook, evaluate)
+    expected = fit(regression(rate=0.0), epochs=2).history
+    found = fit(regression(rate=0.0), Evaluating(), epochs=2).history
+    assert list(found) == list(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-6)
+    model = regression(rate=0.0)
+    np.testing.assert_allclose(Evaluating.seen, model.evaluate(X[:5] + 1, Y[:5], verbose=0)[1], rtol=1e-5)
+    np.testing.assert_allclose(model.get_metrics_result()["mae"], Evaluating.seen[0], rtol=1e-5)

@@ -292,11 +292,16 @@ def test_training_needs_compile():
     "arguments",
     [
         {"optimizer": keras.optimizers.SGD(float("nan"))},
+        {
+            "optimizer": keras.optimizers.MultiOptimizer(
+                keras.optimizers.OptimizerMap(keras.optimizers.SGD(float("nan")))
+            )
+        },
         {"jit_compile": "fast"},
         {"steps_per_execution": 0},
         {"steps_per_execution": True},
     ],
-    ids=["NaN learning rate", "jit", "no step", "a bool"],
+    ids=["NaN learning rate", "NaN in one of several", "jit", "no step", "a bool"],
 )
 def test_compile_refuses_what_cannot_be(arguments):
     model = tfloop.Model(i := keras.Input((3,)), layers.Dense(2)(i))
@@ -311,8 +316,36 @@ def test_predict_needs_no_compile_and_changes_no_metric():
     before = [float(m.result()) for m in model.metrics if m.name in ("loss", "mean")]
     model.predict(X, verbose=0)
     assert [float(m.result()) for m in model.metrics if m.name in ("loss", "mean")] == before
-    fresh = tfloop.Model(i := keras.Input((3,)), layers.Dense(2)(i))
-    assert fresh.predict(X, verbose=0).shape == (10, 2)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_predict_leaves_a_model_uncompiled_whose_compile_takes_arguments_of_its_own(eager):
+    class Pair(tfloop.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(2)
+
+        def compile(self, one_optimizer, other_optimizer):
+            super().compile(one_optimizer)
+
+        def call(self, x):
+            z = self.dense(x)
+            self.add_loss(keras.ops.mean(z**2), name="size", weight=lambda step: keras.ops.cast(step, "float32"))
+            self.add_metric(keras.ops.mean(x), name="mean")
+            return z
+
+    model = Pair()
+    model.run_eagerly = eager
+    found = [model.predict(X, batch_size=4, verbose=0), model.predict_on_batch(X)]
+    expected = X @ model.dense.kernel.numpy()
+    for values in found:
+        np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-6)
+    assert not model.compiled and model.engine is None
+    with pytest.raises(ValueError, match="compile"):
+        model.evaluate(X, verbose=0)
+    model.compile("sgd", "sgd")
+    assert np.isfinite(model.fit(X, verbose=0).history["loss"]).all()
+    np.testing.assert_allclose(model.predict(X, verbose=0), model(X), rtol=1e-5, atol=1e-6)
 
 
 def test_single_batches_as_in_keras():
@@ -327,6 +360,62 @@ def test_single_batches_as_in_keras():
     np.testing.assert_allclose(mine.test_on_batch(X, Y), keras_model.test_on_batch(X, Y), rtol=1e-5)
     assert list(mine.test_on_batch(X, Y, return_dict=True)) == ["loss", "mae"]
     np.testing.assert_allclose(mine.predict_on_batch(X), keras_model.predict_on_batch(X), rtol=1e-5)
+
+
+class Series:
+    """What a series of pandas offers."""
+
+    def __init__(self, values):
+        self.iloc = self._values = values
+        self.shape, self.ndim, self.dtype = values.shape, values.ndim, values.dtype
+
+    def to_numpy(self):
+        return self._values
+
+
+def test_a_series_of_pandas_is_a_column_as_in_keras():
+    class Shapes(tfloop.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense, self.seen = layers.Dense(1), []
+
+        def call(self, x):
+            return self.dense(x)
+
+        def train_step(self, data):
+            self.seen.append([part.shape.as_list() for part in data])
+            return super().train_step(data)
+
+    model = Shapes()
+    model.compile("sgd", "mse")
+    model.fit(X, Series(Y[:, 0]), sample_weight=Series(np.ones(10)), batch_size=5, verbose=0)
+    assert model.seen == [[[5, 3], [5, 1], [5, 1]]]
+
+
+@pytest.mark.parametrize("shapes", [[(2, 3), (2, 5), (1, 5)], [(2, 3, 2), (2, 5, 2)], [(2, 3, 2), (3, 3, 4)]])
+def test_predictions_whose_batches_differ_in_other_dimensions_are_ragged(shapes):
+    def predicted(kind):
+        class Doubling(kind):
+            def call(self, x):
+                return {"twice": 2 * x, "half": x / 2}
+
+        batches = ((np.arange(np.prod(shape), dtype="float32").reshape(shape),) for shape in shapes)
+        return Doubling().predict(batches, verbose=0)
+
+    mine, keras_ = predicted(tfloop.Model), predicted(keras.Model)
+    for name, expected in keras_.items():
+        assert isinstance(mine[name], tf.RaggedTensor)
+        assert mine[name].shape.as_list() == expected.shape.as_list() and mine[name].dtype == expected.dtype
+        assert mine[name].to_list() == expected.to_list()
+
+
+def test_predictions_that_are_sparse_are_put_together():
+    class Sparse(tfloop.Model):
+        def call(self, x):
+            return tf.sparse.from_dense(tf.nn.relu(x))
+
+    found = Sparse().predict(X, batch_size=4, verbose=0)
+    np.testing.assert_array_equal(tf.sparse.to_dense(found), np.maximum(X, 0))
 
 
 RAGGED = tf.RaggedTensor.from_row_lengths(X.ravel(), [1, 4, 3, 0, 5, 2, 2, 6, 3, 4])

@@ -245,7 +245,16 @@ def test_applies_are_told_once(call, scaled):
     assert told[0][0] is optimizer and list(told[0][2]) == [variable]
     np.testing.assert_allclose(variable, [0.0, 1.0] if scaled else [-3.0, -2.0])
     assert keras.optimizers.Optimizer.apply is before
-    assert (float(_keras.loss_scale(optimizer)) == 4.0) if scaled else _keras.loss_scale(optimizer) is None
+    for scale in (_keras.loss_scale(optimizer), _keras.gradient_scale(optimizer)):
+        assert float(scale) == 4.0 if scaled else scale is None
+
+
+def test_a_fixed_loss_scale_is_what_apply_divides_by():
+    variable = keras.Variable([1.0, 2.0])
+    optimizer = keras.optimizers.SGD(1.0, loss_scale_factor=4.0)
+    assert float(_keras.loss_scale(optimizer)) == _keras.gradient_scale(optimizer) == 4.0
+    optimizer.apply([tf.constant([4.0, 4.0])], [variable])
+    np.testing.assert_allclose(variable, [0.0, 1.0])
 
 
 def test_in_call():
@@ -381,3 +390,15 @@ def test_the_graphs_of_branches_and_loops_are_told_from_those_of_functions():
     assert [branch for branch, _ in seen] == [False, True, True, True]
     assert all(outer is graph for _, outer in seen)
     assert not _keras.is_branch(graph)
+
+
+def test_a_gradient_of_a_loop_traced_for_xla_is_compiled_within_a_later_graph():
+    variable = tf.Variable(2.0)
+
+    def gradient():
+        with _keras.traced_for_xla(), tf.GradientTape() as tape:
+            _, y = tf.while_loop(lambda i, _: i < 3, lambda i, y: (i + 1, y * variable), (0, 1.0), maximum_iterations=3)
+        return tape.gradient(y, variable)
+
+    traced = tf.function(gradient, autograph=False).get_concrete_function()
+    assert float(tf.function(lambda: traced(), jit_compile=True)()) == 12.0

@@ -46,7 +46,7 @@ def test_a_model_around_a_model_has_its_terms_once():
     hidden = inner.get_layer("hidden")(X).numpy()
     outer.compile(keras.optimizers.SGD(0.0), "mse")
     history = outer.fit(X, Y, batch_size=10, verbose=0).history
-    assert list(history) == ["loss", "compiled_loss", "size", "largest", "mean"]
+    assert list(history) == ["loss", "compiled_loss", "size", "largest", "mean", "inner/hidden/rms"]
     np.testing.assert_allclose(history["size"], 0.5 * np.mean(hidden**2), rtol=1e-5)
     np.testing.assert_allclose(history["mean"], hidden.mean(), rtol=1e-4, atol=1e-6)
 
@@ -112,3 +112,64 @@ def test_training_averaged_weights_is_refused():
     model.fit(X, Y, verbose=0, callbacks=[average])
     with tfloop.averaged(model), pytest.raises(RuntimeError, match="averaged"):
         model.fit(X, Y, verbose=0)
+
+
+def test_what_is_put_on_a_users_model_has_names_that_no_user_chooses():
+    inputs = keras.Input((4,))
+    made = {kind: kind(inputs, layers.Dense(2)(inputs)) for kind in (keras.Model, tfloop.Model)}
+    for model in made.values():
+        model.compile("sgd", "mse")
+        model.fit(X, Y, verbose=0)
+    theirs, ours = ({*dir(model), *vars(model)} for model in made.values())
+    assert not [n for n in ours - theirs - set(dir(tfloop.Layer)) if n[0] == "_" and not n.startswith("_tfloop_")]
+
+
+def test_a_user_may_name_attributes_and_methods_as_tfloop_could_have():
+    names = ["engine", "terms", "_terms", "_updates", "_loop", "_averages", "_choices", "_guarded", "_symbolic"]
+
+    class Named(tfloop.Model):
+        def __init__(self):
+            super().__init__()
+            for name in names:
+                setattr(self, name, [layers.Dense(2)])
+
+        def _forward(self, x):
+            return sum(getattr(self, name)[0](x) for name in names)
+
+        def run_step(self, x):
+            return self._forward(x)
+
+        def call(self, x):
+            return self.run_step(x)
+
+    model = Named()
+    model.watch("*", "rms")
+    assert set(fit(model)) == {"loss", *(f"{name}/0/rms" for name in names)}
+    assert isinstance(model.engine[0], layers.Dense) and len(model.trainable_variables) == 2 * len(names)
+
+
+def test_loss_scales_of_minimize_are_in_the_state_under_stable_names():
+    class Two(tfloop.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(2)
+            self.second = keras.optimizers.SGD(0.1)
+
+        def call(self, x):
+            return self.dense(x)
+
+        def train_step(self, data):
+            self.minimize(lambda: ops.mean(self(data[0]) ** 2), self.trainable_variables, self.second)
+            return {}
+
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        states = []
+        for _ in range(2):
+            model = Two()
+            fit(model)
+            states.append(tfloop.reproducibility.state_variables(model))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert list(states[0]) == list(states[1])
+    assert int(states[0]["loss_scales/0/step_counter"]) == 3

@@ -160,6 +160,9 @@ def test_a_given_name_that_looks_automatic_keeps_its_own_variables():
         keras.optimizers.Muon(),
         keras.optimizers.Nadam(),
         keras.optimizers.LossScaleOptimizer(keras.optimizers.RMSprop()),
+        keras.optimizers.MultiOptimizer(
+            keras.optimizers.OptimizerMap(keras.optimizers.Adam(), {".*/bias": keras.optimizers.SGD(momentum=0.9)})
+        ),
     ],
     ids=lambda o: o.name,
 )

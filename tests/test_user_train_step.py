@@ -675,6 +675,74 @@ def test_optimizers_of_minimize_count_and_keep_their_slots():
     assert [int(o.iterations.numpy()) for o in (model.first, model.second)] == [6, 6]
 
 
+# Optimizers that change the loss or the gradients themselves.
+
+
+class Signed(keras.optimizers.SGD):
+    """Overrides `apply_gradients`, as optimizers written for tf.keras do."""
+
+    def apply_gradients(self, grads_and_vars):
+        return super().apply_gradients([(ops.sign(g), v) for g, v in grads_and_vars])
+
+
+class Scaling(keras.optimizers.SGD):
+    """Scales the loss and unscales the gradients itself."""
+
+    def scale_loss(self, loss):
+        return 4.0 * loss
+
+    def apply_gradients(self, grads_and_vars):
+        return super().apply_gradients([(g / 4.0, v) for g, v in grads_and_vars])
+
+
+def with_optimizer(base, optimizer, **mode):
+    inputs = keras.Input((3,))
+    model = base(inputs, layers.Dense(1, name="dense")(inputs))
+    model.compile(optimizer(), "mse", **mode)
+    return model
+
+
+def several():
+    chosen = keras.optimizers.OptimizerMap(keras.optimizers.Adam(0.1), {".*/bias": keras.optimizers.SGD(0.01)})
+    return keras.optimizers.MultiOptimizer(chosen, loss_scale_factor=8.0)
+
+
+OPTIMIZERS = {
+    "apply_gradients": lambda: Signed(0.1),
+    "scale_loss": lambda: Scaling(0.1),
+    "loss_scale_factor": lambda: keras.optimizers.SGD(0.1, loss_scale_factor=16.0, clipnorm=0.5),
+    "dynamic": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)),
+    "several": several,
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@some_modes
+def test_optimizers_that_scale_or_change_gradients_do_what_they_do_under_keras(optimizer, mode):
+    assert_same_logs(functools.partial(with_optimizer, optimizer=optimizer), mode)
+
+
+@pytest.mark.parametrize("optimizer", ["scale_loss", "loss_scale_factor", "dynamic"])
+def test_a_scaled_loss_gives_unscaled_gradients_to_those_who_watch(optimizer):
+    def found(make):
+        keras.utils.set_random_seed(1)
+        model = with_optimizer(tfloop.Model, make)
+        model.watch("gradients/dense/kernel", "norm")
+        norm = model.minimize(lambda: model.compute_loss(y=Y, y_pred=model(X)), model.trainable_variables)
+        return [float(norm), *model.fit(X, Y, batch_size=10, verbose=0).history["gradients/dense/kernel/norm"]]
+
+    clipped = {"clipnorm": 0.5} if optimizer == "loss_scale_factor" else {}
+    expected = found(lambda: keras.optimizers.SGD(0.1, **clipped))
+    np.testing.assert_allclose(found(OPTIMIZERS[optimizer]), expected, rtol=1e-5)
+
+
+def test_an_optimizer_that_shall_not_scale_the_loss_does_not(mixed_float16):
+    optimizer = keras.optimizers.SGD(0.1, loss_scale_factor=8.0)
+    model = with_optimizer(tfloop.Model, lambda: optimizer, auto_scale_loss=False)
+    model.fit(X, Y, batch_size=10, verbose=0)
+    assert model.optimizer is optimizer and optimizer.loss_scale_factor == 8.0
+
+
 # Networks that several compiled models share.
 
 

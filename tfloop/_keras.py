@@ -24,6 +24,7 @@ from keras.src.random import seed_generator
 from keras.src.utils.rng_utils import get_random_seed
 from tensorflow.python.framework.config import is_op_determinism_enabled
 from tensorflow.python.ops import control_flow_v2_func_graphs as branches
+from tensorflow.python.ops.control_flow_ops import XLAControlFlowContext
 
 # Attributes in which Keras keeps its own books: those that hold layers name none of them, the others hold none.
 BOOKKEEPING_ATTRIBUTES = frozenset(
@@ -59,8 +60,8 @@ BOOKKEEPING_ATTRIBUTES = frozenset(
 
 
 def is_bookkeeping(attribute):
-    """Whether an attribute of a layer is Keras' or (`_self_...`) TensorFlow's own record of children."""
-    return attribute in BOOKKEEPING_ATTRIBUTES or attribute.startswith("_self_")
+    """Whether an attribute of a layer is Keras', TensorFlow's (`_self_...`) or tfloop's own record of children."""
+    return attribute in BOOKKEEPING_ATTRIBUTES or attribute.startswith(("_self_", "_tfloop_"))
 
 
 def tracked_layers(layer):
@@ -465,8 +466,7 @@ def observing_applies(observer, gate=None):
     """Tells `observer(optimizer, gradients, variables)` before every update of an optimizer in this thread.
 
     `gate`, called the same way and before, gives the gradients to use in place of those, or `None`: then there is
-    no update. `apply` is public; there is no hook before it. An optimizer inside a `LossScaleOptimizer` is not
-    told of.
+    no update. `apply` is public; there is no hook before it. An optimizer inside another is not told of.
     """
     previous = getattr(_thread, "apply_observers", ())
     _thread.apply_observers = (*previous, (observer, gate))
@@ -488,13 +488,16 @@ def observing_applies(observer, gate=None):
         return apply
 
     try:
-        with (
-            patched(keras.optimizers.Optimizer, "apply", wrap),
-            patched(keras.optimizers.LossScaleOptimizer, "apply", wrap),
-        ):
+        with contextlib.ExitStack() as stack:
+            for kind in (keras.optimizers.Optimizer, *AROUND_OTHERS):
+                stack.enter_context(patched(kind, "apply", wrap))
             yield
     finally:
         _thread.apply_observers = previous
+
+
+# The optimizers that hold others and hand the update on to them: their `apply` is not that of `Optimizer`.
+AROUND_OTHERS = keras.optimizers.LossScaleOptimizer, keras.optimizers.MultiOptimizer
 
 
 def optimizer_strategy(optimizer):
@@ -645,9 +648,25 @@ def observing_assigns(observer):
         _thread.assign_observers = previous
 
 
+def scales_loss(optimizer):
+    """Whether an optimizer wants the loss multiplied by a factor."""
+    overridden = type(optimizer).scale_loss is not keras.optimizers.Optimizer.scale_loss
+    return overridden or optimizer.loss_scale_factor is not None
+
+
 def loss_scale(optimizer):
-    """The factor by which a `LossScaleOptimizer` wants the loss multiplied, else 1."""
-    return optimizer.scale_loss(1.0) if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) else None
+    """The factor by which an optimizer wants the loss multiplied, or `None`."""
+    return optimizer.scale_loss(tf.constant(1.0)) if scales_loss(optimizer) else None
+
+
+def gradient_scale(optimizer):
+    """The factor by which an optimizer's `apply` divides the gradients, or `None`.
+
+    Not always that of the loss: who overrides `scale_loss` may divide before `apply`, in `apply_gradients`.
+    """
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return keras.optimizers.LossScaleOptimizer.scale_loss(optimizer, 1.0)
+    return optimizer.loss_scale_factor
 
 
 _thread = threading.local()
@@ -749,6 +768,21 @@ def restored_epoch(model):
 def are_operations_deterministic():
     """Whether `tf.config.experimental.enable_op_determinism` was called. TensorFlow has no public question."""
     return is_op_determinism_enabled()
+
+
+@contextlib.contextmanager
+def traced_for_xla():
+    """What is traced here will be compiled by XLA, as a part of a graph that comes later.
+
+    `tf.function(jit_compile=True)` enters this context for what it traces itself. The gradient of a loop is then made
+    with lists of a fixed size, as XLA needs them.
+    """
+    context = XLAControlFlowContext()
+    context.Enter()
+    try:
+        yield
+    finally:
+        context.Exit()
 
 
 def is_cloning(operation_fn):

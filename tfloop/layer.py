@@ -195,7 +195,7 @@ def completed_updates(weight, what):
     step, model = current_step(), _keras.called_layer()
     if step is not None or not callable(weight):
         return getattr(step, "updates", 0)
-    if hasattr(model, "_terms"):
+    if hasattr(model, "_tfloop_terms"):
         return 0 if model._tfloop_updates is None else model._tfloop_updates.read_value()
     traced = model is None and tf.inside_function()  # a layer's loss function, read by Keras' own training step
     if traced or (isinstance(model, keras.Model) and _keras.call_training() and not _keras.in_symbolic_scope()):

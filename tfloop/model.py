@@ -27,6 +27,16 @@ from tfloop.step import current_step, running
 from tfloop.steps import ModelSteps
 
 
+class Default:
+    """A property in whose place a user's own attribute of that name may stand."""
+
+    def __init__(self, function):
+        self._function, self.__doc__ = function, function.__doc__
+
+    def __get__(self, instance, owner=None):
+        return self if instance is None else self._function(instance)
+
+
 class Model(Adding, keras.Model):
     """A `keras.Model` with losses and metrics on any tensor, and a loop of its own.
 
@@ -51,7 +61,8 @@ class Model(Adding, keras.Model):
         if cls is Model and is_functional(args, kwargs):
             return FunctionalModel.__new__(FunctionalModel, *args, **kwargs)
         made = super().__new__(cls, *args, **kwargs)
-        # Beside Keras' tracking: neither is a layer or a weight, and a model that is built may change them.
+        # Beside Keras' tracking: neither is a layer or a weight, and a model that is built may change them. What is
+        # put on a user's model has names that no user would choose.
         made.__dict__["_tfloop_terms"] = terms.Terms()
         made.__dict__["_tfloop_updates"] = None
         made.__dict__["_tfloop_loop"] = None
@@ -62,6 +73,7 @@ class Model(Adding, keras.Model):
         made.__dict__["_tfloop_measures_each_step"] = False
         made.__dict__["_tfloop_micro_batch"] = None
         made.__dict__["_tfloop_guarded"] = False
+        made.__dict__["_tfloop_loss_scales"] = {}  # id(optimizer) -> what scales the loss for it
         return made
 
     def __init__(self, *args, **kwargs):
@@ -383,15 +395,18 @@ class Model(Adding, keras.Model):
         gradients = tape.gradient(loss, [_keras.tensor_of(v) for v in variables], output_gradients=seed)
         if step is not None:
             gradients = step.of_the_batch(gradients, weighted=True)
-        optimizer.apply(gradients, variables)
+        optimizer.apply_gradients(zip(gradients, variables, strict=True))  # not `apply`: it may be overridden
         return global_norm(gradients, scale)
 
     def _tfloop_scaling(self, optimizer):
-        """The optimizer with a loss scale where the policy needs one; the same object every time."""
+        """The optimizer with a loss scale where the policy needs one; the same object every time.
+
+        Whether that of `compile` gets one was decided there.
+        """
         mixed = self.dtype_policy.name == "mixed_float16"
-        if optimizer is None or not mixed or isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        if optimizer is None or optimizer is self.optimizer or not mixed or _keras.scales_loss(optimizer):
             return optimizer
-        known = self.__dict__.setdefault("_tfloop_loss_scales", {})
+        known = self._tfloop_loss_scales
         if id(optimizer) not in known:
             known[id(optimizer)] = keras.optimizers.LossScaleOptimizer(optimizer)
         return known[id(optimizer)]
@@ -420,9 +435,9 @@ class Model(Adding, keras.Model):
         if kind == "predict":
             with self._tfloop_trainable_as_compiled():
                 return self._tfloop_run_part(
-                    kind, replicas.Part(replicas.Replica(), data), self._tfloop_updates.read_value()
+                    kind, replicas.Part(replicas.Replica(), data), self._tfloop_completed_updates()
                 )
-        updates = self._tfloop_updates.read_value()
+        updates = self._tfloop_completed_updates()
         with self._tfloop_trainable_as_compiled():
             row, layout, finite = replicas.on_replicas(
                 self, lambda r: self._tfloop_on_a_replica(kind, data, updates, r)
@@ -432,6 +447,9 @@ class Model(Adding, keras.Model):
             for average in self._tfloop_averages:
                 average.update(updates + 1, compiled=compiled)
         return (row if finite is None else marked(row, finite)), layout
+
+    def _tfloop_completed_updates(self):
+        return tf.constant(0, tf.int64) if self._tfloop_updates is None else self._tfloop_updates.read_value()
 
     def _tfloop_on_a_replica(self, kind, data, updates, replica):
         """Goes through one replica's part of a batch, which may be several that make an update together."""
@@ -573,7 +591,7 @@ class Model(Adding, keras.Model):
     def _tfloop_evaluated_to(self, logs):
         self.__dict__["_tfloop_evaluated"] = tuple(logs), terms.versions(self)
 
-    @property
+    @Default
     def engine(self):
         """The engine that the loop uses: `"eager"`, `"graph"`, `"jit"` or `"scan"`; `None` before a fit."""
         return self._tfloop_loop.engine if self._tfloop_loop is not None else None
@@ -596,12 +614,18 @@ class Model(Adding, keras.Model):
         return getattr(self.reset_metrics, "__func__", None) is Model.reset_metrics
 
     def extra_state(self):
-        """State beside weights, optimizers and seeds: the number of completed updates, the running average."""
+        """State beside weights, optimizers and seeds: the number of completed updates, loss scales of `minimize`, the
+        running average."""
         state = {} if self._tfloop_updates is None else {"updates": self._tfloop_updates}
+        for index, optimizer in enumerate(self._tfloop_loss_scales.values()):
+            if optimizer.built:
+                state[f"loss_scales/{index}/step_counter"] = optimizer.step_counter
+                state[f"loss_scales/{index}/dynamic_scale"] = optimizer.dynamic_scale
         return state if self._tfloop_running_average is None else {**state, **self._tfloop_running_average.state()}
 
-    def _tfloop_get_loop(self):
-        if not self.compiled:
+    def _tfloop_get_loop(self, predicts=False):
+        """The loop of the model as it is compiled. What only `predicts` needs no `compile`."""
+        if not self.compiled and not predicts:
             raise ValueError(
                 "You must call `compile()` before using the model: model.compile(optimizer=..., loss=...)."
             )
@@ -673,36 +697,37 @@ class Model(Adding, keras.Model):
         """The loss and metrics on data. Arguments and result as in `keras.Model.evaluate`."""
         if kwargs:
             raise TypeError(f"evaluate() got unexpected arguments: {names.listing(kwargs)}.")
-        logs = self._tfloop_get_loop().evaluate(
-            x, y, batch_size=batch_size, verbose=verbose, sample_weight=sample_weight, steps=steps, callbacks=callbacks
-        )
+        loop = self._tfloop_get_loop()
+        options = {"batch_size": batch_size, "verbose": verbose, "sample_weight": sample_weight, "steps": steps}
+        with loop.apart():
+            logs = loop.evaluate(x, y, callbacks=callbacks, **options)
         self._tfloop_evaluated_to(logs)
         return logs if return_dict else as_list(logs)
 
     def predict(self, x, batch_size=None, verbose="auto", steps=None, callbacks=None):
         """The outputs for data, as NumPy arrays. Changes no metric. As `keras.Model.predict`."""
-        if not self.compiled:
-            self.compile(loss=None)
-        return self._tfloop_get_loop().batchwise.predict(
+        return self._tfloop_get_loop(predicts=True).batchwise.predict(
             x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
         )
 
     def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
         """One update on one batch. Returns the batch's loss and metrics, as Keras does."""
-        logs = self._tfloop_get_loop().batchwise.step("train", x, y, sample_weight, class_weight)
+        loop = self._tfloop_get_loop()
+        with loop.apart():
+            logs = loop.batchwise.step("train", x, y, sample_weight, class_weight)
         return logs if return_dict else as_list(logs)
 
     def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
         """The loss and metrics of one batch."""
-        logs = self._tfloop_get_loop().batchwise.step("test", x, y, sample_weight)
+        loop = self._tfloop_get_loop()
+        with loop.apart():
+            logs = loop.batchwise.step("test", x, y, sample_weight)
         self._tfloop_evaluated_to(logs)
         return logs if return_dict else as_list(logs)
 
     def predict_on_batch(self, x):
         """The outputs for one batch, as NumPy arrays."""
-        if not self.compiled:
-            self.compile(loss=None)
-        return self._tfloop_get_loop().batchwise.predict_on_batch(x)
+        return self._tfloop_get_loop(predicts=True).batchwise.predict_on_batch(x)
 
 
 class FunctionalModel(Model, _keras.Functional):
@@ -716,11 +741,11 @@ class FunctionalModel(Model, _keras.Functional):
         self.__dict__["_tfloop_symbolic"] = []  # (kind, KerasTensor, {"name": ...})
         self.__dict__["_tfloop_inherited"] = None
         for tensor in keras.tree.flatten(outputs):
-            self._copies(*vars(tensor).pop("_cloned_by_tfloop", (None, ())))
+            self._tfloop_copies(*vars(tensor).pop("_cloned_by_tfloop", (None, ())))
         if type(self).__init__ is FunctionalModel.__init__:
             self._tfloop_inherit()
 
-    def _copies(self, source, values):
+    def _tfloop_copies(self, source, values):
         """This model is a clone of `source`, and `values` are its symbolic terms in the clone's graph."""
         if source is not None:
             symbolic = [
@@ -885,6 +910,12 @@ def check_accumulate(value):
 
 def check_learning_rate(optimizer):
     if optimizer is None:
+        return
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer = optimizer.inner_optimizer
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):  # has no rate of its own
+        for inner in optimizer.optimizers:
+            check_learning_rate(inner)
         return
     rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
     if not math.isfinite(rate):

@@ -93,13 +93,14 @@ class ModelStep(Step):
         """Keeps the unscaled gradients and the old values of the variables of one update."""
         if variables is None:
             variables = optimizer._trainable_variables
-        scale = _keras.loss_scale(optimizer)
+        scale = _keras.gradient_scale(optimizer)
+        looked_after = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         for gradient, variable in zip(gradients, variables, strict=False):
             if gradient is None:
                 continue
-            if scale is None and getattr(gradient, "graph", self._graph) is self._graph:
+            if not looked_after and getattr(gradient, "graph", self._graph) is self._graph:
                 self.applied.append(gradient)
-            elif scale is None:  # within a tf.function, tf.cond or tf.while_loop: what became of it can be seen
+            elif not looked_after:  # within a tf.function, tf.cond or tf.while_loop: what became of it can be seen
                 self.written.append(variable)
             self._gradients[id(variable)] = Lazy(lambda g=gradient: unscaled(dense(g), scale))
             self._old_weights.setdefault(id(variable), read(variable))
@@ -117,7 +118,7 @@ class ModelStep(Step):
         if not self._was_updated(metric):
             self._updated.append(metric)
         if metric is _keras.loss_tracker(self.model):
-            self.model.__dict__["_tracks_loss"] = True
+            self.model.__dict__["_tfloop_tracks_loss"] = True
         here = current_graph() is self._graph
         if not (here and self.model._tfloop_measures_each_step and is_plain_mean(metric)):
             yield

@@ -344,9 +344,12 @@ def _optimizer_variables(optimizer, weights):
                 yield f"{name}/{inner}", variable
         elif isinstance(value, list):
             slots = len(value) == len(targets)
-            for index, variable in enumerate(value):
-                if isinstance(variable, keras.Variable):
+            for index, item in enumerate(value):
+                if isinstance(item, keras.optimizers.Optimizer):
+                    for inner, slot in _optimizer_variables(item, weights):
+                        yield f"{name}/{index}/{inner}", slot
+                elif isinstance(item, keras.Variable):
                     of = weights.get(id(targets[index]), str(index)) if slots else str(index)
-                    yield f"{name}/{of}", variable
+                    yield f"{name}/{of}", item
     for index, variable in enumerate(optimizer.variables):  # what no attribute holds
         yield f"variables/{index}", variable

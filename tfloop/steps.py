@@ -231,7 +231,7 @@ class ModelSteps:
 
     def metric_variables(self):
         """The variables of all metric objects, on every device here."""
-        return [c for m in terms.all_metrics(self.model) for v in m.variables for c in replicas.copies(v)]
+        return [c for m in self.model._tfloop_every_metric() for v in m.variables for c in replicas.copies(v)]
 
     def publisher(self):
         """A function of an epoch's values that sets the metric objects that stand for columns of the record."""

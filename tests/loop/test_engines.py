@@ -33,6 +33,33 @@ def test_one_trace_for_each_form_of_batch(engine):
         assert model.calls == 2
 
 
+@pytest.mark.parametrize("jit_compile, traces", [(False, 1), ("step", 2), ("loop", 2)])
+def test_a_recurrent_layer_above_others_is_compiled_with_lists_that_xla_can_make(jit_compile, traces):
+    x = np.random.default_rng(0).normal(size=(8, 5, 2)).astype("float32")
+    seen = []
+
+    def history(kind, **options):
+        class Recurrent(kind):
+            def __init__(self):
+                super().__init__()
+                self.inner, self.lstm, self.out = layers.Dense(3), layers.LSTM(3), layers.Dense(1)
+
+            def call(self, x, training=False):
+                seen.append((kind, training))
+                return self.out(self.lstm(self.inner(x)))
+
+        keras.utils.set_random_seed(0)
+        model = Recurrent()
+        model.compile(keras.optimizers.Adam(0.1), "mse", **options)
+        targets = x.sum((1, 2))
+        return model.fit(x, targets, 4, epochs=3, shuffle=False, verbose=0, validation_data=(x, targets)).history
+
+    ours, theirs = history(tfloop.Model, jit_compile=jit_compile), history(keras.Model, jit_compile=True)
+    assert seen.count((tfloop.Model, True)) == traces
+    for name in ("loss", "val_loss"):
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4)
+
+
 def test_changing_the_engine_or_its_trial_traces_no_step_anew():
     model = fresh(**ENGINES["graph"])
     x, y = data(16)

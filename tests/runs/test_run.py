@@ -263,6 +263,21 @@ def test_a_loss_scale_looks_after_its_own_gradients(tmp_path):
         keras.config.set_dtype_policy("float32")
 
 
+def test_a_run_with_an_optimizer_of_several_goes_on_where_it_was(tmp_path):
+    def make():
+        made = model()
+        momentum = keras.optimizers.SGD(0.01, momentum=0.9)
+        chosen = keras.optimizers.OptimizerMap(keras.optimizers.Adam(0.05), {".*/bias": momentum})
+        made.compile(keras.optimizers.MultiOptimizer(chosen), "mse", jit_compile=False)
+        return made
+
+    _, whole, _ = fit(tmp_path / "whole", 3, make=make)
+    fit(tmp_path / "parts", 1, make=make)
+    _, parts, _ = fit(tmp_path / "parts", 3, make=make)
+    assert tfloop.fingerprint(parts) == tfloop.fingerprint(whole)
+    assert [int(o.iterations) for o in parts.optimizer.optimizers] == [9, 9]
+
+
 def test_a_spike_is_rolled_back(tmp_path):
     x = X.copy()
     x[20] *= 1e4

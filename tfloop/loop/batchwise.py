@@ -104,10 +104,19 @@ def batches(source):
 
 
 def concatenated(parts):
+    """Batches as one array. A ragged tensor where they differ in other dimensions than the first."""
     parts = [to_numpy(p) for p in parts]
-    if isinstance(parts[0], tf.RaggedTensor | tf.SparseTensor):
+    if isinstance(parts[0], tf.SparseTensor):
+        return tf.sparse.concat(0, parts)
+    if isinstance(parts[0], tf.RaggedTensor):
         return tf.concat(parts, 0)
-    return np.concatenate([np.atleast_1d(p) for p in parts]) if len(parts) > 1 else parts[0]
+    if len(parts) == 1:
+        return parts[0]
+    parts = [np.atleast_1d(p) for p in parts]
+    different = [i for i, sizes in enumerate(zip(*(p.shape[1:] for p in parts), strict=True), 1) if len(set(sizes)) > 1]
+    if not different:
+        return np.concatenate(parts)
+    return tf.concat([tf.RaggedTensor.from_tensor(p, ragged_rank=different[-1]) for p in parts], 0)
 
 
 def to_numpy(value):

@@ -11,6 +11,7 @@ import functools
 import numpy as np
 import tensorflow as tf
 
+from tfloop import _keras
 from tfloop.loop import random_numbers
 from tfloop.loop.devices import on_gpu
 from tfloop.loop.feed import COMPOSITE, batch_of, flat, packed
@@ -20,6 +21,8 @@ from tfloop.plain import plain_variable
 
 ENGINES = ("eager", "graph", "jit", "scan")
 COMPILED = ("jit", "scan")
+
+LOOPS = {"While", "StatelessWhile"}  # gradients of these are made in another way for XLA
 
 # Steps that a compiled chunk makes without asking if there is another. A GPU has to be waited for at each such
 # question, and a small step takes no longer than that.
@@ -45,16 +48,25 @@ class Program:
     def traced(self, compiled=False):
         """The step as a concrete function of the batch's flat tensors, which gives the row.
 
-        Where a part of it is better written in another way for XLA, there are two of them.
+        Where a part of it has to be written in another way for XLA, there are two of them.
         """
-        compiled = compiled and self.kind == "train" and self._steps.differs_when_compiled
+        compiled = compiled and self._differs_when_compiled
         if compiled not in self._traced:
             specs = [tf.TensorSpec(s.shape, s.dtype) if isinstance(s, tf.TensorSpec) else s for s in flat(self.spec)]
-            function = tf.function(lambda *tensors: self.run_eagerly(tensors, compiled), autograph=False)
+
+            def step(*tensors):
+                with _keras.traced_for_xla() if compiled else contextlib.nullcontext():
+                    return self.run_eagerly(tensors, compiled)
+
             with random_numbers.same_everywhere():
-                self._traced[compiled] = function.get_concrete_function(*specs)
+                self._traced[compiled] = tf.function(step, autograph=False).get_concrete_function(*specs)
             self.dtype = self._traced[compiled].output_dtypes
         return self._traced[compiled]
+
+    @functools.cached_property
+    def _differs_when_compiled(self):
+        differs = self.kind == "train" and self._steps.differs_when_compiled
+        return differs or not LOOPS.isdisjoint(self.operations)
 
     @property
     def step(self):

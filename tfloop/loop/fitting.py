@@ -15,7 +15,7 @@ from tfloop.loop import source as sources
 from tfloop.loop import tuner
 from tfloop.loop.accumulation import accumulated
 from tfloop.loop.batchwise import Batchwise, first_batch
-from tfloop.loop.engine import COMPILED, Runner
+from tfloop.loop.engine import COMPILED, Runner, untouched
 from tfloop.loop.feed import warn_ran_out
 from tfloop.loop.hooks import Hooks
 from tfloop.loop.keeper import Keeper
@@ -40,6 +40,7 @@ class Loop:
         self._chosen = None
         self.engine = None
         self.position = Position()  # of the fit that runs, or ran last
+        self._is_between_batches = False  # while callbacks of an epoch's batches run
 
     @property
     def choice(self):
@@ -199,7 +200,8 @@ class Loop:
         with self._feeder(source, position, engine, kind, pace) as feeder, self._runner.unchanging():
             team = self.team
             while (feed := self._take(feeder, position, observer, pace, team)) is not None:
-                begin(position.batch)
+                with self._between_batches():
+                    begin(position.batch)
                 observer.before_chunk()
                 started = time.perf_counter()
                 record = self._run(self._engine_for(engine, feed), kind, feed, first)
@@ -218,7 +220,8 @@ class Loop:
                 if listening:
                     publish(values)
                 if values:  # there are none before the first step that was not taken back
-                    end(position.batch - 1, values)
+                    with self._between_batches():
+                        end(position.batch - 1, values)
                 observer.after_chunk()
                 try:
                     yield record
@@ -304,6 +307,18 @@ class Loop:
         return self._steps.eager or hooks.want_batches(kind)
 
     # Evaluation.
+
+    @contextlib.contextmanager
+    def _between_batches(self):
+        before, self._is_between_batches = self._is_between_batches, True
+        try:
+            yield
+        finally:
+            self._is_between_batches = before
+
+    def apart(self):
+        """The context for what a callback evaluates between two batches: the epoch's metrics go on as they were."""
+        return untouched(self._steps.metric_variables()) if self._is_between_batches else contextlib.nullcontext()
 
     def _validation(self, data, batch_size, steps):
         if data is None:

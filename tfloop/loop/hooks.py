@@ -26,8 +26,7 @@ class Hooks:
             raise AttributeError(name)
 
         def call(*args):
-            logs = args[-1] if args and isinstance(args[-1], dict) else None
-            where = args[:-1] if logs is not None else args
+            *where, logs = args if args and isinstance(args[-1], dict) else (*args, {})
             for callback in self.callbacks:
                 getattr(callback, name)(*where, logs)
 

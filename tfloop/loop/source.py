@@ -165,8 +165,9 @@ def as_array(value):
         return tf.convert_to_tensor(value)
     if hasattr(value, "detach"):  # a torch tensor
         value = value.detach().cpu().numpy()
-    if hasattr(value, "to_numpy"):  # pandas
-        value = value.to_numpy()
+    if hasattr(value, "to_numpy"):  # pandas: a series is a column, as in Keras
+        is_series = hasattr(value, "iloc") and value.ndim == 1
+        value = value.to_numpy()[:, None] if is_series else value.to_numpy()
     if not isinstance(value, np.ndarray):
         value = np.asarray(value)
     if isinstance(value, np.memmap):
