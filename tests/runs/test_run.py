@@ -155,6 +155,131 @@ def test_optimizers_that_the_step_builds_go_on_with_their_moments(tmp_path, how)
     assert tfloop.fingerprint(parts) == tfloop.fingerprint(whole)
 
 
+class Held:
+    """A running mean of the loss that is no layer: a plain object, which Keras does not look into."""
+
+    def __init__(self, module=False):
+        self.inner = tf.Module() if module else type("Plain", (), {"__module__": __name__})()
+        self.inner.value = tf.Variable(0.0, trainable=False)
+
+    def __call__(self, loss):
+        return self.inner.value.assign(0.9 * self.inner.value + 0.1 * loss)
+
+
+def closed_over():
+    value = tf.Variable(0.0, trainable=False)
+    return lambda loss: value.assign(0.9 * value + 0.1 * loss)
+
+
+def global_generator():
+    tf.random.set_global_generator(tf.random.Generator.from_seed(3))
+    return lambda loss: tf.random.get_global_generator().uniform(())
+
+
+class Helped(tfloop.Model):
+    """A model whose step depends on something that a helper keeps."""
+
+    def __init__(self, helper):
+        super().__init__()
+        self.out, self.helper = layers.Dense(1), helper
+
+    def call(self, x):
+        return self.out(x)
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            error = (self(x, training=True) - y) ** 2
+            loss = tf.reduce_mean(error) * (1.0 + self.helper(tf.stop_gradient(tf.reduce_mean(error))))
+        self.minimize(loss, self.trainable_variables, tape=tape)
+        return {"loss": loss}
+
+
+HELPERS = {"plain": Held, "module": lambda: Held(module=True), "closure": closed_over, "global": global_generator}
+
+
+@pytest.mark.parametrize("kind", HELPERS)
+def test_what_helpers_of_the_step_keep_is_kept(tmp_path, kind):
+    def make():
+        made = Helped(HELPERS[kind]())
+        made.compile(keras.optimizers.SGD(0.01), jit_compile=False)
+        return made
+
+    _, whole, expected = fit(tmp_path / "whole", 3, make=make)
+    with pytest.raises(InterruptedError):
+        fit(tmp_path / "run", 3, make=make, callbacks=[StopAt(5)])
+    _, resumed, found = fit(tmp_path / "run", 3, make=make)
+    assert tfloop.fingerprint(resumed) == tfloop.fingerprint(whole)
+    assert found.history == expected.history
+
+
+def test_a_step_that_is_skipped_moves_nothing_in_a_helper(tmp_path):
+    helper = Held()
+
+    def make():
+        made = Helped(helper)
+        made.compile(keras.optimizers.SGD(0.01), jit_compile=False)
+        return made
+
+    fit(tmp_path / "run", 1, x=broken(3), make=make, run={"on_nan": "skip"})
+    assert np.isfinite(helper.inner.value.numpy())
+
+
+def test_random_numbers_whose_state_cannot_be_saved_are_told_of(tmp_path, caplog):
+    def make():
+        made = Helped(lambda loss: tf.random.uniform(()))
+        made.compile(keras.optimizers.SGD(0.01), jit_compile=False)
+        return made
+
+    fit(tmp_path / "run", 1, make=make)
+    assert "RandomUniform" in caplog.text and "tf.random.Generator" in caplog.text
+    caplog.clear()
+    fit(tmp_path / "other", 1)
+    assert caplog.text == ""
+
+
+class LazyMetrics(tfloop.Model):
+    """A metric that makes its variables at its first update, and one that `metrics` leaves out."""
+
+    def __init__(self):
+        super().__init__()
+        self.out, self.f1 = layers.Dense(2, activation="softmax"), keras.metrics.F1Score(average="macro")
+        self.mae = keras.metrics.MeanAbsoluteError(name="mae")
+
+    def call(self, x):
+        return self.out(x)
+
+    @property
+    def metrics(self):
+        return [self.f1]
+
+    def train_step(self, data):
+        x, y = data
+        y = tf.concat([y, 1 - y], 1)
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            loss = tf.reduce_mean((y_pred - y) ** 2)
+        self.minimize(loss, self.trainable_variables, tape=tape)
+        self.f1.update_state(y, y_pred)
+        self.mae.update_state(y, y_pred)
+        return {"f1": self.f1.result(), "mae": self.mae.result()}
+
+
+@pytest.mark.parametrize("how", [{"jit_compile": False}, {"run_eagerly": True}], ids=["graph", "eager"])
+def test_every_metric_goes_on_within_the_epoch(tmp_path, how):
+    def make():
+        made = LazyMetrics()
+        made.compile(keras.optimizers.SGD(0.1), **how)
+        return made
+
+    y = (np.sin(3 * Y) > 0).astype("float32")
+    _, _, expected = fit(tmp_path / "whole", 2, y=y, make=make)
+    with pytest.raises(InterruptedError):
+        fit(tmp_path / "run", 2, y=y, make=make, callbacks=[StopAt(5)])
+    _, _, found = fit(tmp_path / "run", 2, y=y, make=make)
+    assert found.history == expected.history
+
+
 def dataset():
     return tf.data.Dataset.from_tensor_slices((X, Y)).shuffle(40, seed=1).batch(16)
 

@@ -11,6 +11,7 @@ import functools
 import numpy as np
 import tensorflow as tf
 
+from tfloop import _keras
 from tfloop.loop import random_numbers
 from tfloop.loop.devices import on_gpu
 from tfloop.loop.feed import COMPOSITE, batch_of, flat, packed
@@ -65,6 +66,13 @@ class Program:
     def variables(self):
         """Every variable that the step reads or writes."""
         return list(self.step.graph.variables)
+
+    @property
+    def changed(self):
+        """The variables that the step writes to, in the order in which it comes to them."""
+        by_handle = {id(v.handle): v for v in self.variables}
+        written = map(id, _keras.written_resources(self.step.graph))
+        return [by_handle[handle] for handle in written if handle in by_handle]
 
     @property
     def operations(self):

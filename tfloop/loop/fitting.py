@@ -65,9 +65,15 @@ class Loop:
         self._steps.build(first_batch(source) if self._steps.needs_batch else source.spec)
 
     def trace(self, source):
-        """Traces the training step, where it is not run eagerly: that makes what it makes when it first runs."""
-        if not self._steps.eager:
-            self._runner.program("train", source.spec).step  # noqa: B018
+        """Traces the training step: that makes what it makes when it first runs. Returns its `Program`.
+
+        Where it is run eagerly there is nothing to be traced, and `None`.
+        """
+        if self._steps.eager:
+            return None
+        program = self._runner.program("train", source.spec)
+        program.traced()
+        return program
 
     def build_optimizers(self, source):
         """Builds the optimizers that the training step builds when it first runs."""

@@ -16,6 +16,7 @@ import tensorflow as tf
 from absl import logging
 
 from tfloop import replicas, reproducibility, statistics
+from tfloop.loop import tuner
 from tfloop.loop.observer import Observer, Position
 from tfloop.runs import callback_state, config, environment, guard, workdir
 from tfloop.runs.errors import CheckpointError, ConfigError, Refused
@@ -63,20 +64,22 @@ class Session(Observer):
             loop.guard()
         self._others = [c for c in callbacks if c is not self]
         model, run = self.model, self._run
-        make_state(model, loop, source)
-        self._variables = {**reproducibility.state_variables(model), **reproducibility.metric_variables(model)}
-        self._all = {**self._variables, **reproducibility.process_variables()}
-        self._read = reproducibility.Reader(self._variables)
         self._before = workdir.read_json(self._run.shared, workdir.CONFIG)
         self._now = self._configuration(source)
         if self._before is not None:
             self._compare(self._before, self._now)
             loop.use(self._before.get("choice"))
+        make_state(model, loop, source)
+        with refusing_watches():
+            program = loop.trace(source)
+        self._variables = {**reproducibility.state_variables(model), **reproducibility.metric_variables(model)}
+        self._variables |= unowned(program, {**self._variables, **reproducibility.process_variables()})
+        self._all = {**self._variables, **reproducibility.process_variables()}
+        self._read = reproducibility.Reader(self._variables)
+        warn_of_hidden_state(program)
         if run.on_nan != "ignore":
             copies = [c for v in self._all.values() for c in replicas.copies(v)]
             loop.keep(copies, halts=run.on_nan != "skip")
-        with refusing_watches():
-            loop.trace(source)
         self._restored = self._restorable()
         self._sentry = Sentry(model, self._all, source, run.on_nan, run.spike, self._skipped, self._place)
 
@@ -376,14 +379,35 @@ class Session(Observer):
 
 
 def make_state(model, loop, source):
-    """Makes the state that the user's own `train_step` would make: an optimizer's moments, to be saved and restored."""
-    if reproducibility.unbuilt_optimizers(model):
+    """Makes the state that the user's own `train_step` would make, to be saved and restored: an optimizer's moments,
+    a metric's sums."""
+    if reproducibility.unbuilt_optimizers(model) or reproducibility.unbuilt_metrics(model):
         with refusing_watches():
             loop.build_optimizers(source)
     if left := reproducibility.unbuilt_optimizers(model):
         logging.warning(
             "Not built before the first step, so not saved: %s. Build it in __init__: optimizer.build(variables).",
             ", ".join(left),
+        )
+
+
+def unowned(program, known):
+    """`name -> variable` for what a traced step writes to and no layer holds: variables that functions close over, or
+    TensorFlow's own, such as that of `tf.random.get_global_generator()`."""
+    if program is None:
+        return {}
+    handles = {id(copy.handle) for variable in known.values() for copy in replicas.copies(variable)}
+    found = [variable for variable in program.changed if id(variable.handle) not in handles]
+    return {f"process/variables/{index}": variable for index, variable in enumerate(found)}
+
+
+def warn_of_hidden_state(program):
+    hidden = sorted(tuner.HIDDEN_STATE.intersection(program.operations)) if program is not None else []
+    if hidden:
+        logging.warning(
+            "The step holds %s (`tf.random.normal` and its like), whose state cannot be saved: after a resume other "
+            "numbers are drawn. Use keras.random with a SeedGenerator, or a tf.random.Generator, that the model holds.",
+            ", ".join(hidden),
         )
 
 
