@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+import signal
 import time
 
 import keras
@@ -124,6 +126,63 @@ def test_a_tensor_that_a_callback_puts_into_the_logs_is_kept_as_a_number(tmp_pat
     _, _, history = fit(tmp_path / "run", 3, callbacks=[Rate()])
     assert [float(v) for v in history.history["rate"]] == [0.5, 1.5, 2.5]
     assert json.loads((tmp_path / "run/summary.json").read_text())["metrics"]["rate"] == 2.5
+
+
+class Fails(keras.callbacks.Callback):
+    """An error at the beginning or the end of an epoch, when other callbacks have seen it."""
+
+    def __init__(self, when, at):
+        super().__init__()
+        setattr(self, when, lambda epoch, logs=None: self._fail(epoch == at))
+
+    def _fail(self, now):
+        if now:
+            raise InterruptedError
+
+
+class Halves(keras.callbacks.Callback):
+    """Changes the state at the beginning and at the end of every epoch."""
+
+    def _halve(self, epoch, logs=None):
+        self.model.optimizer.learning_rate = 0.5 * float(self.model.optimizer.learning_rate)
+
+    on_epoch_begin = on_epoch_end = _halve
+
+
+@pytest.mark.parametrize("when", ["on_epoch_begin", "on_epoch_end"])
+@pytest.mark.parametrize("every", [2, "epoch"])
+@pytest.mark.parametrize("validation", [None, (X[:8], Y[:8])])
+def test_callbacks_see_an_epoch_begin_and_end_once(tmp_path, when, every, validation):
+    given = {"run": {"checkpoint_every": every}, "validation_data": validation}
+    counts = Counts()
+    _, whole, expected = fit(tmp_path / "whole", 4, callbacks=[Halves(), Counts(), Fails(when, None)], **given)
+    with pytest.raises(InterruptedError):
+        fit(tmp_path / "run", 4, callbacks=[Halves(), Counts(), Fails(when, 2)], **given)
+    _, resumed, found = fit(tmp_path / "run", 4, callbacks=[Halves(), counts, Fails(when, None)], **given)
+    assert counts.epochs == 4 and found.history == expected.history
+    assert tfloop.fingerprint(resumed) == tfloop.fingerprint(whole)
+
+
+def test_an_epoch_that_a_callback_stopped_ends_after_a_resume(tmp_path):
+    class Stops(keras.callbacks.Callback):
+        def __init__(self, kills):
+            super().__init__()
+            self.kills = kills
+
+        def on_train_batch_end(self, batch, logs=None):
+            if int(self.model.optimizer.iterations) == 5:
+                self.model.stop_training = True
+                if self.kills:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    given = {"validation_data": (X[:8], Y[:8])}
+    _, _, expected = fit(tmp_path / "whole", 4, callbacks=[Stops(False)], **given)
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "run", 4, callbacks=[Stops(True)], **given)
+    run, _, found = fit(tmp_path / "run", 4, callbacks=[Stops(False)], **given)
+    assert found.history == expected.history and run.steps == 5 and not run.was_finished
+    assert rows(tmp_path / "run", "epoch") == rows(tmp_path / "whole", "epoch")
+    assert fit(tmp_path / "run", 4, **given)[0].was_finished
 
 
 class TwoOptimizers(tfloop.Model):

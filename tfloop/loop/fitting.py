@@ -143,22 +143,22 @@ class Loop:
         at = self.position = observer.start(Position(initial_epoch))
         with contextlib.ExitStack() as stack:
             for epoch in range(at.epoch, epochs):
-                if model.stop_training:
-                    break
                 if epoch != at.epoch:
                     at = self.position = Position(epoch)
                     stack.enter_context(names.unchanging())  # the first epoch may still make layers
+                if model.stop_training and not at.batch:
+                    break
                 self._steps.reset_metrics()
                 hooks.on_epoch_begin(epoch)
                 observer.enter(at)
                 with Progress(source.steps, True, at.batch, epoch=epoch, epochs=epochs, verbose=verbose) as bar:
                     bar.update(at.batch, at.aggregate.values(), finalize=False)
                     logs = self._train_epoch(engine, source, at, pace, hooks, bar)
-                    if validation is not None and is_due(epoch, validation_freq):
-                        observer.before_validation()
+                    validates = validation is not None and is_due(epoch, validation_freq)
+                    observer.before_end(validates)
+                    if validates:
                         with self._steps.for_validation():
                             found = self._test(validation, hooks, nested(verbose), observer, **VALIDATION)
-                        observer.after_validation()
                         logs = {**logs, **{f"val_{name}": value for name, value in found.items()}}
                     hooks.on_epoch_end(epoch, logs)
                     bar.finish(logs)
@@ -170,7 +170,8 @@ class Loop:
         return model.history
 
     def _train_epoch(self, engine, source, position, pace, hooks, bar):
-        for record in self._chunks(engine, "train", source, position, pace, hooks):
+        stopped = position.batch and self._steps.model.stop_training  # in an earlier process, within this epoch
+        for record in () if stopped else self._chunks(engine, "train", source, position, pace, hooks):
             bar.update(position.batch, position.aggregate.values(), finalize=False, examples=record.examples)
             if self._steps.model.stop_training:
                 break

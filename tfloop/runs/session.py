@@ -3,14 +3,16 @@
 Where several processes train together each has a session, and they agree between chunks. The chief's is that of the
 run; the others write their logs aside (see `Aside`), read its checkpoints, and save none.
 
-Variables, position and rows belong together after a chunk, and not while one runs: what ends a fit in a chunk
-(an error in the step, a second Ctrl-C) leaves the state of an earlier chunk to be saved, kept in memory for that.
+Variables, position and rows belong together after a chunk, and not while one runs, nor while callbacks see an epoch
+begin or end, some of them before others: what ends a fit there (an error in the step or in a callback) leaves an
+earlier state to be saved, kept in memory for that.
 """
 
 import contextlib
 import sys
 import time
 
+import keras
 import numpy as np
 import tensorflow as tf
 from absl import logging
@@ -42,7 +44,7 @@ class Session(Observer):
         self._arguments = arguments
         self._skipped = guard.Skipped(skipped)
         self._writer = None  # there from the start of the training on
-        self._moving = False  # whether a chunk is running
+        self._moving = False  # whether something runs that is not to be saved half done
         self._copy = None  # of the state, for an error in a chunk: see `_State`
         self._copied_at, self._copy_seconds = 0.0, 0.0
         self._saved = None  # where the last save was made
@@ -63,6 +65,7 @@ class Session(Observer):
         if self._run.on_nan != "ignore":
             loop.guard()
         self._others = [c for c in callbacks if c is not self]
+        self._others_act = any(not isinstance(c, keras.callbacks.History) for c in self._others)
         model, run = self.model, self._run
         self._before = workdir.read_json(self._run.shared, workdir.CONFIG)
         self._now = self._configuration(source)
@@ -135,7 +138,7 @@ class Session(Observer):
         self._loop.position = position
         if self._run.profile:
             self._profile.folder = self._place.make_folder("tensorboard")
-        self._copy_state()
+        self._hold()
         return position
 
     def _resume(self):
@@ -147,7 +150,8 @@ class Session(Observer):
         position.aggregate.set_state(manifest["aggregate"])
         self._saved = (self._count(), position.epoch, position.batch)
         self.model.stop_training = manifest["stop_training"]
-        self.was_finished = self.model.stop_training or position.epoch >= self._arguments["epochs"]
+        stopped = self.model.stop_training and not position.batch
+        self.was_finished = stopped or position.epoch >= self._arguments["epochs"]
         where = (
             "is finished" if self.was_finished else f"goes on in epoch {position.epoch + 1}/{self._arguments['epochs']}"
         )
@@ -160,6 +164,7 @@ class Session(Observer):
     def enter(self, position):
         if position.batch:  # what the beginning of the epoch did to the state was done before
             self._restore()
+        self._moving = False
 
     def _restore(self):
         manifest, tensors = self._restored.manifest, self._restored.tensors
@@ -234,8 +239,14 @@ class Session(Observer):
             return self.updates % every.steps == 0 and self._saved != self._here()
         return every.seconds is not None and time.monotonic() - self._saved_at >= every.seconds
 
-    def before_validation(self):
-        self._copy_state()  # a validation that does not end leaves no trace: it is begun anew
+    def before_end(self, validates):
+        if validates or self._others_act:
+            self._hold()
+
+    def _hold(self):
+        """From here on the state as it is now is what an error leaves: what follows is begun anew."""
+        if self._copy is None or self._copy[0] != self._here():
+            self._copy_state()
         self._moving = True
 
     def on_validation(self):
@@ -243,10 +254,8 @@ class Session(Observer):
         if self._stop.is_due(self._team):
             self._stop.end()
 
-    def after_validation(self):
-        self._moving = False
-
     def on_epoch(self, epoch, logs):
+        self._moving = False
         self._writer.scalars("epoch", self.updates, epoch, logs)
         self._logs = logs
         if self._run.every == (None, None):
@@ -256,6 +265,8 @@ class Session(Observer):
             self.save()  # the best one must be that of the epoch's end, however long it takes
         if self._stop.is_due(self._team):
             self._stop.end()
+        if self._others_act:
+            self._hold()
 
     # Saving.
 
@@ -302,6 +313,7 @@ class Session(Observer):
 
     def finish(self):
         """Saves what further epochs go on from: the weights, before an optimizer puts its average in their place."""
+        self._moving = False
         if not self.was_finished:
             self._save_at_the_end(None)
 
