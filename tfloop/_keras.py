@@ -177,6 +177,11 @@ def compiled_metrics(model):
     return [m for m in found if m is not None]
 
 
+def compile_arguments(model):
+    """What `compile` was given, as it was given; the public `get_compile_config` serializes it, code too."""
+    return model._compile_config.config
+
+
 def inner_metrics(metric):
     """The metric objects inside one that `compile(metrics=...)` made."""
     return list(getattr(metric, "metrics", ())) if getattr(metric, "built", True) else []

@@ -78,9 +78,14 @@ def state_variables(model):
     return state.named
 
 
+def optimizers(model):
+    """`(path, optimizer)` of the optimizer of `compile` and all others that the model holds."""
+    return _optimizers(_owners(model))
+
+
 def unbuilt_optimizers(model):
     """Names of optimizers that have no slots yet: a `train_step` of one's own builds them when it first runs."""
-    return [path for path, optimizer in _optimizers(_owners(model)) if not optimizer.built]
+    return [path for path, optimizer in optimizers(model) if not optimizer.built]
 
 
 def unbuilt_metrics(model):

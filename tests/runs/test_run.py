@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import time
 
@@ -466,6 +467,62 @@ def test_other_arguments_are_refused(tmp_path):
         fit(tmp_path, 2, X[:32], Y[:32])
 
 
+def trained(optimizer=lambda: keras.optimizers.Adam(0.05), loss="mse", **compiled):
+    def make():
+        made = model()
+        made.compile(optimizer(), loss, jit_compile=False, **compiled)
+        return made
+
+    return make
+
+
+def mine(y, y_pred):
+    return tf.reduce_mean((y - y_pred) ** 2)
+
+
+SCHEDULE = keras.optimizers.schedules.CosineDecay
+CODE = {
+    "optimizer/learning_rate: 0.05": ({}, {"make": trained(lambda: keras.optimizers.Adam(0.01))}),
+    "optimizer/class: 'Adam' -> 'SGD'": ({}, {"make": trained(lambda: keras.optimizers.SGD(0.05))}),
+    "decay_steps: 10 -> 20": tuple(
+        {"make": trained(lambda n=n: keras.optimizers.SGD(SCHEDULE(0.1, n)))} for n in (10, 20)
+    ),
+    "training/loss: 'mse' -> 'mae'": ({}, {"make": trained(loss="mae")}),
+    "training/loss: 'mse' -> 'mine'": ({}, {"make": trained(loss=mine)}),
+    "training/loss_weights: None -> 2.0": ({}, {"make": trained(loss_weights=2.0)}),
+    "training/accumulate: 1 -> 2": ({}, {"make": trained(accumulate=2)}),
+    "training/class_weight/1: 1.0 -> 9.0": ({"class_weight": {1: 1.0}}, {"class_weight": {1: 9.0}}),
+    "training/class_weight": ({}, {"class_weight": {1: 9.0}}),
+    "training/sample_weight: 'float64[40]": ({"sample_weight": np.ones(40)}, {"sample_weight": np.arange(40.0)}),
+    "training/validation_freq: [1] -> [2]": ({"validation_freq": [1]}, {"validation_freq": [2]}),
+}
+
+
+@pytest.mark.parametrize("difference", CODE)
+def test_what_the_code_trains_with_is_refused_with_the_difference(tmp_path, difference):
+    before, now = CODE[difference]
+    before, now = ({"y": (Y > 0).astype("float32"), **given} for given in (before, now))
+    fit(tmp_path, 1, **before)
+    fit(tmp_path, 2, **before)
+    with pytest.raises(ConfigError, match=re.escape(difference)):
+        fit(tmp_path, 3, **now)
+
+
+def test_a_learning_rate_that_a_callback_changed_is_no_difference(tmp_path):
+    run, made, _ = fit(tmp_path, 1, callbacks=[Halves()])
+    run.fit(made, X, Y, batch_size=16, epochs=2, verbose=0, callbacks=[Halves()])
+    fit(tmp_path, 3, callbacks=[Halves()])
+
+
+def test_a_folder_that_an_earlier_version_made_goes_on(tmp_path):
+    fit(tmp_path, 1)
+    path = tmp_path / "config.json"
+    told = json.loads(path.read_text())
+    del told["training"]
+    path.write_text(json.dumps(told))
+    assert fit(tmp_path, 2, make=trained(loss="mae"))[0].steps == 6
+
+
 def test_a_run_in_use_is_refused(tmp_path):
     run = tfloop.Run(tmp_path)
     with pytest.raises(LockedError):
@@ -484,7 +541,7 @@ def test_another_model_is_refused_or_taken_in_part(tmp_path):
         inputs = keras.Input((4,))
         hidden = layers.Dense(8, activation="relu", name="hidden")(inputs)
         made = tfloop.Model(inputs, layers.Dense(1, name="out")(layers.Dense(3, name="new")(hidden)))
-        made.compile("adam", "mse", jit_compile=False)
+        made.compile(keras.optimizers.Adam(0.05), "mse", jit_compile=False)
         return made
 
     _, first, _ = fit(tmp_path, 1)

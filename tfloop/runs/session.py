@@ -102,7 +102,9 @@ class Session(Observer):
 
     def _configuration(self, source):
         data = {"examples": getattr(source, "examples", None), "steps_per_epoch": source.steps}
-        return {"flags": self._flags(), "seed": self._run.seed, "data": data, **environment.describe()}
+        training = environment.training(self.model, self._arguments)
+        told = {"flags": self._flags(), "seed": self._run.seed, "data": data, config.TRAINING: training}
+        return {**told, **environment.describe()}
 
     def _flags(self):
         run = self._run
@@ -113,7 +115,7 @@ class Session(Observer):
         return {**told, **simple, **run.settings}
 
     def _compare(self, before, now):
-        changes = config.changes(before, now)
+        changes = config.changes(before, now, partial=self._run.resume == "partial")
         if changes.refused:
             listed = "\n".join(f"  {line}" for line in changes.refused)
             raise ConfigError(
