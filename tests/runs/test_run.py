@@ -1,10 +1,12 @@
 """`tfloop.Run` in code: history, callbacks, data of every kind, what is not finite, and what it refuses."""
 
+import contextlib
 import functools
 import json
 import os
 import re
 import signal
+import threading
 import time
 
 import keras
@@ -184,6 +186,82 @@ def test_an_epoch_that_a_callback_stopped_ends_after_a_resume(tmp_path):
     assert found.history == expected.history and run.steps == 5 and not run.was_finished
     assert rows(tmp_path / "run", "epoch") == rows(tmp_path / "whole", "epoch")
     assert fit(tmp_path / "run", 4, **given)[0].was_finished
+
+
+class Slower(keras.callbacks.EarlyStopping):
+    """A subclass of Keras' own with a count of its own, and something that no checkpoint can hold."""
+
+    def __init__(self):
+        super().__init__(patience=9)
+        self.seen, self.lock, self.rates = 0, threading.Lock(), {"all": [np.float32(0.1)]}
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.seen += 1
+        self.rates["all"].append(0.05 / self.seen)
+        self.model.optimizer.learning_rate = self.rates["all"][-1]
+
+
+class Scheduled(keras.callbacks.LearningRateScheduler):
+    def __init__(self):
+        super().__init__(self.rate)
+        self.calls = 0
+
+    def rate(self, epoch):
+        self.calls += 1
+        return 0.1 / self.calls
+
+
+def average():
+    made = model()
+    made.compile(keras.optimizers.Adam(0.05, use_ema=True, ema_momentum=0.9), "mse", jit_compile=False)
+    return made
+
+
+SWAP = functools.partial(keras.callbacks.SwapEMAWeights, swap_on_epoch=True)
+
+
+@pytest.mark.parametrize("make, kind", [(model, Slower), (model, Scheduled), (average, SWAP)])
+@pytest.mark.parametrize("at", [5, 7])
+def test_subclasses_of_keras_callbacks_go_on_with_what_they_add(tmp_path, make, kind, at, caplog):
+    given = {"validation_data": (X[:8], Y[:8]), "make": make}
+    _, whole, expected = fit(tmp_path / "whole", 4, callbacks=[kind()], **given)
+    with pytest.raises(InterruptedError):
+        fit(tmp_path / "run", 4, callbacks=[kind(), StopAt(at)], **given)
+    _, resumed, found = fit(tmp_path / "run", 4, callbacks=[kind()], **given)
+    assert found.history == expected.history
+    assert tfloop.fingerprint(resumed) == tfloop.fingerprint(whole)
+    assert [r.getMessage().split(": ")[1] for r in caplog.records] == (["Slower.lock"] if kind is Slower else [])
+
+
+def test_a_checkpoint_of_keras_is_made_after_the_same_batches(tmp_path):
+    def names(folder, **given):
+        saver = keras.callbacks.ModelCheckpoint(
+            tmp_path / (folder.name + "-{epoch}-{batch}.weights.h5"), save_weights_only=True, save_freq=5
+        )
+        with contextlib.suppress(InterruptedError):
+            fit(folder, 4, callbacks=[saver, *given.get("callbacks", ())])
+        return sorted(path.name.removeprefix(folder.name) for path in tmp_path.glob(f"{folder.name}-*.h5"))
+
+    names(tmp_path / "run", callbacks=[StopAt(8)])
+    assert names(tmp_path / "run") == names(tmp_path / "whole") != []
+
+
+class Ends(keras.callbacks.Callback):
+    def on_train_begin(self, logs=None):
+        raise AssertionError("nothing is trained")
+
+    def on_train_end(self, logs=None):
+        raise AssertionError("nothing was trained")
+
+
+def test_callbacks_hear_nothing_of_a_run_that_is_finished(tmp_path):
+    log = tmp_path / "log.csv"
+    for epochs in (2, 2, 3):
+        _, _, history = fit(tmp_path / "run", epochs, callbacks=[keras.callbacks.CSVLogger(log)])
+        assert history.epoch == list(range(epochs))
+        assert [line.split(",")[0] for line in log.read_text().splitlines()] == ["epoch", *map(str, range(epochs))]
+    run, _, _ = fit(tmp_path / "run", 3, callbacks=[Ends()])
+    assert run.was_finished
 
 
 class TwoOptimizers(tfloop.Model):

@@ -133,6 +133,8 @@ class Loop:
         observer = observer_of(hooks.callbacks)
         self._keeper, self._steps.guarded = None, False
         observer.on_built(self, source, hooks.callbacks)
+        if observer.was_finished:
+            hooks.silence()
         by_step = self._one_by_one(hooks)
         pace = Pace(self._steps.choices["steps_per_execution"], by_step)
         engine = self._choose(source, validation, epochs - initial_epoch, pace, verbose)

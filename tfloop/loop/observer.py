@@ -36,8 +36,11 @@ class Observer(keras.callbacks.Callback):
         on_epoch(epoch, logs)   when an epoch is over, after the callbacks
         finish()                when the last one is, before what the end of training does to the weights
 
-    An exception that one of them raises ends the fit.
+    An exception that one of them raises ends the fit. `was_finished`, from `on_built` on: whether there is nothing left
+    to train; then the other callbacks hear nothing.
     """
+
+    was_finished = False
 
     def on_built(self, loop, source, callbacks):
         pass

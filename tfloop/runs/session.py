@@ -84,7 +84,17 @@ class Session(Observer):
             copies = [c for v in self._all.values() for c in replicas.copies(v)]
             loop.keep(copies, halts=run.on_nan != "skip")
         self._restored = self._restorable()
+        if self._restored is not None:
+            self._look_ahead(self._restored.manifest)
         self._sentry = Sentry(model, self._all, source, run.on_nan, run.spike, self._skipped, self._place)
+
+    def _look_ahead(self, manifest):
+        """What callbacks must know before the training begins for them."""
+        stopped = manifest["stop_training"] and not manifest["batch"]
+        self.was_finished = stopped or manifest["epoch"] >= self._arguments["epochs"]
+        for callback in self._others:
+            if isinstance(callback, keras.callbacks.CSVLogger):
+                callback.append = True
 
     def _restorable(self):
         """The checkpoint to go on from. The chief looks first, as it sets damaged ones aside."""
@@ -145,15 +155,17 @@ class Session(Observer):
 
     def _resume(self):
         manifest = self._restored.manifest
-        self._restore()
+        if anew := self._restore():
+            logging.warning(
+                "These callbacks, or attributes of theirs, have no get_state/set_state and begin anew: %s",
+                ", ".join(anew),
+            )
         self._seconds_before = manifest["seconds"]
         self._sentry.set_state(manifest["sentry"])
         position = Position(manifest["epoch"], manifest["batch"])
         position.aggregate.set_state(manifest["aggregate"])
         self._saved = (self._count(), position.epoch, position.batch)
         self.model.stop_training = manifest["stop_training"]
-        stopped = self.model.stop_training and not position.batch
-        self.was_finished = stopped or position.epoch >= self._arguments["epochs"]
         where = (
             "is finished" if self.was_finished else f"goes on in epoch {position.epoch + 1}/{self._arguments['epochs']}"
         )
@@ -169,13 +181,12 @@ class Session(Observer):
         self._moving = False
 
     def _restore(self):
+        """Sets the state. Returns the names of what begins anew of the callbacks."""
         manifest, tensors = self._restored.manifest, self._restored.tensors
         process = reproducibility.process_variables(create="process/seed_generator" in tensors)
         reproducibility.assign({**self._variables, **process}, tensors)
         reproducibility.set_random_state(callback_state.put_back(manifest["random"], tensors))
-        anew = callback_state.set_states(self._others, manifest["callbacks"], tensors)
-        if anew:
-            logging.warning("These callbacks have no get_state/set_state and begin anew: %s", ", ".join(anew))
+        return callback_state.set_states(self._others, manifest["callbacks"], tensors)
 
     def _count(self):
         return int(self.model.extra_state()["updates"].numpy())
