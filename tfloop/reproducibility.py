@@ -6,6 +6,7 @@ depend on what else was built in the process (Keras numbers unnamed objects acro
 so that two processes, or two models built by the same code in one, agree on the names.
 """
 
+import contextlib
 import hashlib
 import random
 import re
@@ -20,6 +21,7 @@ from tfloop import _keras, names
 from tfloop.operation import Operation
 
 _seed: int | None = None
+_ordered_by: int | None = None  # see `ordering`
 
 
 def set_seed(seed, deterministic=False):
@@ -48,8 +50,21 @@ def current_seed():
 
     `set_seed` goes through Keras, so Keras' own record is the newer of the two.
     """
+    if _ordered_by is not None:
+        return _ordered_by
     seed = _keras.random_seed()
     return _seed if seed is None else seed
+
+
+@contextlib.contextmanager
+def ordering(seed):
+    """Within this, `seed` orders data, whatever was set since by others; `None`: what was set last."""
+    global _ordered_by
+    before, _ordered_by = _ordered_by, seed
+    try:
+        yield
+    finally:
+        _ordered_by = before
 
 
 # Which variables
