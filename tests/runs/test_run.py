@@ -188,6 +188,62 @@ def test_an_epoch_that_a_callback_stopped_ends_after_a_resume(tmp_path):
     assert fit(tmp_path / "run", 4, **given)[0].was_finished
 
 
+class Puts(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        logs |= {"vector": np.arange(3.0), "text": "x", "none": None, "number": np.float32(0.5)}
+
+
+def test_what_is_no_number_in_the_logs_is_left_out_of_what_is_written(tmp_path):
+    fit(tmp_path, 1, callbacks=[Puts()])
+    _, _, history = fit(tmp_path, 2, callbacks=[Puts()], verbose=2, run={"log": ("csv", "tensorboard")})
+    assert history.history["text"] == ["x", "x"]
+    for row in (*rows(tmp_path, "epoch"), json.loads((tmp_path / "summary.json").read_text())["metrics"]):
+        assert row["number"] == 0.5 and not {"vector", "text", "none"} & row.keys()
+
+
+def test_a_run_orders_data_by_its_own_seed(tmp_path):
+    alone = fit(tmp_path / "alone", 2, make=lambda: model(dropout=0))[2].history
+    first = tfloop.Run(tmp_path / "first", seed=3, log=())
+    made = model(dropout=0)
+    tfloop.Run(tmp_path / "second", seed=4, log=())
+    assert first.fit(made, X, Y, batch_size=16, epochs=2, verbose=0).history == alone
+    assert reproducibility.current_seed() == 4
+
+
+def test_a_metric_that_is_made_again_leaves_nothing_under_its_old_name(tmp_path):
+    def make():
+        made = model()
+        made.compile("adam", "mse", metrics=[keras.metrics.AUC()], jit_compile=False)
+        return made
+
+    y = (Y > 0).astype("float32")
+    with pytest.raises(InterruptedError):
+        fit(tmp_path, 2, y=y, make=make, callbacks=[StopAt(5)])
+    fit(tmp_path, 2, y=y, make=make)  # in the same process: Keras gives it another name
+    assert [len(row) for row in rows(tmp_path, "epoch")] == [5, 5]
+
+
+class NoCall(tfloop.Model):
+    """Its `train_step` has layers and an optimizer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.out, self.own = layers.Dense(1), keras.optimizers.SGD(0.01)
+        self.compile(jit_compile=False)  # with Keras' default optimizer
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = keras.ops.mean((self.out(x) - y) ** 2)
+        self.minimize(loss, self.out.trainable_variables, self.own, tape=tape)
+        return {"loss": loss}
+
+
+def test_an_optimizer_that_no_step_uses_is_not_missed(tmp_path, caplog):
+    fit(tmp_path, 1, make=NoCall)
+    assert caplog.text == ""
+
+
 class Slower(keras.callbacks.EarlyStopping):
     """A subclass of Keras' own with a count of its own, and something that no checkpoint can hold."""
 
@@ -632,6 +688,14 @@ def test_another_model_is_refused_or_taken_in_part(tmp_path):
 # Rehearsals
 
 
+def test_one_batch_to_overfit_is_not_split():
+    x, y, arguments = rehearsal.one_batch(X, Y, {"batch_size": 16, "validation_split": 0.25})
+    made = tfloop.Model(x_in := keras.Input((4,)), layers.Dense(1)(x_in))
+    made.add_metric(lambda t: keras.ops.shape(t["x"])[0], name="examples")
+    made.compile("sgd", "mse", jit_compile=False)
+    assert made.fit(x, y, verbose=0, **arguments).history["examples"] == [16]
+
+
 def test_a_verification_names_what_differs():
     made = model()
     assert rehearsal.verify(made, X, Y, batch_size=8, epochs=3) is None
@@ -681,6 +745,24 @@ def test_the_best_epoch_is_kept_with_its_own_weights(tmp_path):
     plain = model()
     tfloop.average(plain, [found[0]])
     assert tfloop.fingerprint(plain) != tfloop.fingerprint(made) or best == 5
+
+
+@pytest.mark.parametrize("every", [5, "60s"])
+def test_the_best_epoch_is_kept_whenever_else_is_saved(tmp_path, every):
+    class Worse(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            logs["score"] = [3.0, 1.0, 2.0, 4.0][epoch]
+
+        def get_state(self):
+            return {}
+
+        def set_state(self, state):
+            pass
+
+    run = {"checkpoint_every": every, "keep": 1, "best": "score"}
+    for epochs in (3, 4):
+        fit(tmp_path, epochs, callbacks=[Worse()], run=run)
+        assert "step-0000000006" in {path.name[:15] for path in (tmp_path / "checkpoints").iterdir()}
 
 
 def test_checkpoints_by_seconds_are_within_epochs_too(tmp_path):

@@ -163,7 +163,7 @@ class Loop:
                             found = self._test(validation, hooks, nested(verbose), observer, **VALIDATION)
                         logs = {**logs, **{f"val_{name}": value for name, value in found.items()}}
                     hooks.on_epoch_end(epoch, logs)
-                    bar.finish(logs)
+                    bar.finish({name: value for name, value in logs.items() if is_shown(value)})
                 self.position = Position(epoch + 1)
                 observer.on_epoch(epoch, logs)
         observer.finish()
@@ -342,6 +342,17 @@ class Loop:
 def nested(verbose):
     """How much an evaluation inside an epoch shows: a bar while it runs, and no line of its own."""
     return verbose if verbose in (1, "auto", "bar") else 0
+
+
+def is_shown(value):
+    """Whether a bar can show what is in the logs: a callback may put anything there."""
+    if isinstance(value, float):
+        return True
+    try:
+        float(np.mean(np.asarray(value)))
+    except (TypeError, ValueError, NotImplementedError):
+        return False
+    return True
 
 
 def discard(feeder):

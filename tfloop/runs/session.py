@@ -20,7 +20,7 @@ from absl import logging
 from tfloop import replicas, reproducibility, statistics
 from tfloop.loop import tuner
 from tfloop.loop.observer import Observer, Position
-from tfloop.runs import callback_state, config, environment, guard, workdir
+from tfloop.runs import callback_state, config, environment, files, guard, workdir
 from tfloop.runs.errors import CheckpointError, ConfigError, Refused
 from tfloop.runs.profile import Profile
 from tfloop.runs.sentry import RolledBack, Sentry
@@ -74,7 +74,7 @@ class Session(Observer):
             loop.use(self._before.get("choice"))
         make_state(model, loop, source)
         with refusing_watches():
-            program = loop.trace(source)
+            self._program = program = loop.trace(source)
         self._variables = {**reproducibility.state_variables(model), **reproducibility.metric_variables(model)}
         self._variables |= unowned(program, {**self._variables, **reproducibility.process_variables()})
         self._all = {**self._variables, **reproducibility.process_variables()}
@@ -163,7 +163,7 @@ class Session(Observer):
         self._seconds_before = manifest["seconds"]
         self._sentry.set_state(manifest["sentry"])
         position = Position(manifest["epoch"], manifest["batch"])
-        position.aggregate.set_state(manifest["aggregate"])
+        position.aggregate.set_state(self._of_the_step(manifest["aggregate"]))
         self._saved = (self._count(), position.epoch, position.batch)
         self.model.stop_training = manifest["stop_training"]
         where = (
@@ -174,6 +174,15 @@ class Session(Observer):
             tell("The data cannot be positioned and are counted through: exact if they come in the same order again.")
             self._source.skip_epochs(position.epoch)
         return position
+
+    def _of_the_step(self, aggregate):
+        """What an aggregate holds of the values that the step has: unnamed metrics made again have other names."""
+        layout = None if self._program is None else self._program.layout
+        if layout is None:
+            return aggregate
+        names = {c.name for c in layout.columns} | {r.name for r in layout.results}
+        kept = {key: {n: v for n, v in aggregate[key].items() if n in names} for key in ("state", "results")}
+        return {**aggregate, **kept, "order": [n for n in aggregate["order"] if n in names]}
 
     def enter(self, position):
         if position.batch:  # what the beginning of the epoch did to the state was done before
@@ -269,9 +278,9 @@ class Session(Observer):
 
     def on_epoch(self, epoch, logs):
         self._moving = False
-        self._writer.scalars("epoch", self.updates, epoch, logs)
-        self._logs = logs
-        if self._run.every == (None, None):
+        self._logs = files.numbers(logs)  # callbacks may have put anything there
+        self._writer.scalars("epoch", self.updates, epoch, self._logs)
+        if self._run.every == (None, None) or self._checkpoints.would_be_best(self._logs):
             self._owed = True
         save = self._owed and (self._run.best or not self._checkpoints.busy)
         if self._team.told(save)[0]:
@@ -311,7 +320,7 @@ class Session(Observer):
         where, tensors, manifest = self._copy = state or self._state()
         self._copied_at = time.monotonic()
         logs = self._logs if self._logs and manifest["batch"] == 0 else {}  # they are those of an epoch's end
-        scores = {n: float(v) for n, v in logs.items() if isinstance(v, int | float)}
+        scores = {name: float(value) for name, value in logs.items()}
         flush = self._writer.flush
         self._checkpoints.save(where[0], tensors, manifest, scores, before_commit=flush, wait=wait, copy=False)
         self._saved_at, self._saved, self._owed = time.monotonic(), where, False
@@ -391,7 +400,7 @@ class Session(Observer):
             return
         history = self.model.history.history if self.model.history else {}
         summary = {
-            "metrics": {name: values[-1] for name, values in history.items() if values},
+            "metrics": files.numbers({name: values[-1] for name, values in history.items() if values}),
             "steps": self.updates,
             "epochs": self._loop.position.epoch,
             "seconds": self._seconds(),
@@ -409,7 +418,8 @@ def make_state(model, loop, source):
     if reproducibility.unbuilt_optimizers(model) or reproducibility.unbuilt_metrics(model):
         with refusing_watches():
             loop.build_optimizers(source)
-    if left := reproducibility.unbuilt_optimizers(model):
+    left = reproducibility.unbuilt_optimizers(model)
+    if left and loop.trace(source) is None:  # what a trace did not build no step uses
         logging.warning(
             "Not built before the first step, so not saved: %s. Build it in __init__: optimizer.build(variables).",
             ", ".join(left),
