@@ -402,3 +402,25 @@ def test_a_gradient_of_a_loop_traced_for_xla_is_compiled_within_a_later_graph():
 
     traced = tf.function(gradient, autograph=False).get_concrete_function()
     assert float(tf.function(lambda: traced(), jit_compile=True)()) == 12.0
+
+
+def test_written_resources_are_those_that_a_function_or_one_within_it_writes():
+    read, written, within = (tf.Variable(1.0) for _ in range(3))
+    inner = tf.function(lambda: within.assign_add(read))
+
+    @tf.function
+    def outer(x):
+        written.assign(x * read)
+        return tf.cond(x > 0, inner, lambda: x)
+
+    graph = outer.get_concrete_function(tf.TensorSpec(())).graph
+    handles = _keras.written_resources(graph)
+    assert {id(h) for h in handles} == {id(written.handle), id(within.handle)}
+
+
+@pytest.mark.parametrize("metric", [keras.metrics.F1Score, keras.metrics.R2Score])
+def test_some_metrics_know_that_they_have_no_variables_yet(metric):
+    made = metric()
+    assert not _keras.is_metric_built(made) and _keras.is_metric_built(keras.metrics.Mean())
+    made.update_state(np.ones((2, 1), "float32"), np.ones((2, 1), "float32"))
+    assert _keras.is_metric_built(made)

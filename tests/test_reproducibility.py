@@ -175,6 +175,40 @@ def test_every_optimizer_variable_is_in_the_state_under_a_stable_name(optimizer)
     assert not [name for name in state if "/variables/" in name], "a slot without an attribute"
 
 
+class Mean(tf.Module):
+    def __init__(self):
+        super().__init__()
+        self.value = tf.Variable(0.0)
+        self.noise = tf.random.Generator.from_seed(1)
+
+
+class Trainer:
+    """A plain object: Keras looks into none."""
+
+    def __init__(self, model):
+        self.model, self.itself, self.name, self.numbers = model, self, "trainer", list(range(10))
+        self.target = keras.Sequential([layers.Dense(2), layers.BatchNormalization()])
+        self.target.build((None, 3))
+        self.optimizer = keras.optimizers.SGD()
+        self.means = {"loss": [Mean(), tf.Variable(1)]}
+
+
+def test_state_in_plain_objects_and_modules_is_found():
+    model = functional()
+    without = state_variables(model)
+    model.trainer, model.mean = Trainer(model), Mean()
+    model.mean.trainer = model.trainer
+    assert set(without) < set(state_variables(model))
+    assert sorted(set(state_variables(model)) - set(without)) == [
+        *("mean/noise", "mean/value", "trainer/means/loss/0/noise", "trainer/means/loss/0/value"),
+        *("trainer/means/loss/1", "trainer/optimizer/iterations", "trainer/optimizer/learning_rate"),
+        *(f"trainer/target/batch_normalization/{name}" for name in ("beta", "gamma", "moving_mean", "moving_variance")),
+        *("trainer/target/dense/bias", "trainer/target/dense/kernel"),
+    ]
+    assert reproducibility.unbuilt_optimizers(model) == ["trainer/optimizer"]
+    assert reproducibility.weights(model).keys() == {n for n in without if n.startswith("dense")}
+
+
 def test_metrics_are_apart_from_the_state():
     model = functional()
     model.fit(np.ones((4, 4)), np.ones((4, 2)), verbose=0)

@@ -22,6 +22,7 @@ from keras.src.models.functional import Functional, functional_like_constructor 
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.random import seed_generator
 from keras.src.utils.rng_utils import get_random_seed
+from tensorflow.python.framework.auto_control_deps_utils import get_read_only_resource_input_indices_graph
 from tensorflow.python.framework.config import is_op_determinism_enabled
 from tensorflow.python.ops import control_flow_v2_func_graphs as branches
 from tensorflow.python.ops.control_flow_ops import XLAControlFlowContext
@@ -280,9 +281,19 @@ def has_regularizer(model):
     return any(found is not None for found in (*of_activities, *of_weights))
 
 
+def compile_arguments(model):
+    """What `compile` was given, as it was given; the public `get_compile_config` serializes it, code too."""
+    return model._compile_config.config
+
+
 def inner_metrics(metric):
     """The metric objects inside one that `compile(metrics=...)` made."""
     return list(getattr(metric, "metrics", ())) if getattr(metric, "built", True) else []
+
+
+def is_metric_built(metric):
+    """Whether a metric object has its variables. Some make them at the first update, and only they know."""
+    return getattr(metric, "built", True) and getattr(metric, "_built", True)
 
 
 def loss_tracker(model):
@@ -763,6 +774,16 @@ def is_rematerialized(layer):
 def restored_epoch(model):
     """The epoch at which `BackupAndRestore` wants training to go on; it tells the trainer by this attribute."""
     return getattr(model, "_initial_epoch", None)
+
+
+def written_resources(graph):
+    """The handles from outside that a traced function may write to, in the order in which it captured them.
+
+    TensorFlow notes with every operation, and every call of an inner function, which of its handles it only reads,
+    and shows it nowhere.
+    """
+    read_only = {id(graph.inputs[i]) for i in get_read_only_resource_input_indices_graph(graph)}
+    return [out for out, inner in graph.captures if inner.dtype == tf.resource and id(inner) not in read_only]
 
 
 def are_operations_deterministic():

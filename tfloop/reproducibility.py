@@ -6,9 +6,11 @@ depend on what else was built in the process (Keras numbers unnamed objects acro
 so that two processes, or two models built by the same code in one, agree on the names.
 """
 
+import contextlib
 import hashlib
 import random
 import re
+import sys
 from typing import Any
 
 import keras
@@ -19,6 +21,7 @@ from tfloop import _keras, names
 from tfloop.operation import Operation
 
 _seed: int | None = None
+_ordered_by: int | None = None  # see `ordering`
 
 
 def set_seed(seed, deterministic=False):
@@ -47,8 +50,21 @@ def current_seed():
 
     `set_seed` goes through Keras, so Keras' own record is the newer of the two.
     """
+    if _ordered_by is not None:
+        return _ordered_by
     seed = _keras.random_seed()
     return _seed if seed is None else seed
+
+
+@contextlib.contextmanager
+def ordering(seed):
+    """Within this, `seed` orders data, whatever was set since by others; `None`: what was set last."""
+    global _ordered_by
+    before, _ordered_by = _ordered_by, seed
+    try:
+        yield
+    finally:
+        _ordered_by = before
 
 
 # Which variables
@@ -60,32 +76,36 @@ def state_variables(model):
     Weights come first (`encoder/dense/kernel`), then seed generators and plain `tf.Variable`s held by
     layers (`encoder/dropout/seed_generator`), optimizers (`optimizer/iterations`,
     `optimizer/momentums/encoder/dense/kernel`), then what the model offers in a method
-    `extra_state() -> {name: variable}`.
+    `extra_state() -> {name: variable}`. What a layer holds in an object of a class of one's own, a `tf.Module`
+    or a plain one, is among them by its attribute (`encoder/ema/value`).
     """
-    layers = _layers(model)
-    state = _weights(layers)
+    owners = _owners(model)
+    state = _weights(owners)
     weights = {id(variable): name for name, variable in state.items()}
-    for path, layer in layers:
-        for name, variable in _other_variables(layer):
+    for path, owner in owners:
+        for name, variable in _other_variables(owner):
             state.add(names.join(path, name), variable)
-    seen: set[int] = set()
-    for path, layer in layers:
-        for name, optimizer in _attributes(layer, keras.optimizers.Optimizer):
-            if id(optimizer) not in seen:
-                seen.add(id(optimizer))
-                for slot, variable in _optimizer_variables(optimizer, weights):
-                    state.add(names.join(path, f"{name}/{slot}"), variable)
+    for path, optimizer in _optimizers(owners):
+        for slot, variable in _optimizer_variables(optimizer, weights):
+            state.add(f"{path}/{slot}", variable)
     for name, variable in getattr(model, "extra_state", dict)().items():
         state.add(name, variable)
     return state.named
 
 
+def optimizers(model):
+    """`(path, optimizer)` of the optimizer of `compile` and all others that the model holds."""
+    return _optimizers(_owners(model))
+
+
 def unbuilt_optimizers(model):
     """Names of optimizers that have no slots yet: a `train_step` of one's own builds them when it first runs."""
-    found = [
-        (names.join(path, n), o) for path, y in _layers(model) for n, o in _attributes(y, keras.optimizers.Optimizer)
-    ]
-    return [name for name, optimizer in found if not optimizer.built]
+    return [path for path, optimizer in optimizers(model) if not optimizer.built]
+
+
+def unbuilt_metrics(model):
+    """Names of metrics that have no variables yet and make them at their first update."""
+    return [name for name, metric in _metrics(model) if not _keras.is_metric_built(metric)]
 
 
 def weights(model):
@@ -97,6 +117,50 @@ def _layers(model):
     return [(path, layer) for path, layer in _walk(model) if isinstance(layer, keras.layers.Layer)]
 
 
+def _owners(model):
+    """`(path, owner)` of the layers, then of the objects that they hold, and of what those hold, layers too."""
+    owners = _layers(model)
+    seen = {id(owner) for _, owner in owners}
+    for path, owner in owners:  # it grows
+        found = []
+        for name, value in _values(owner):
+            if _is_holder(value):
+                found.append((names.join(path, name), value))
+            elif isinstance(value, keras.layers.Layer) and _is_holder(owner):
+                found += [(names.join(path, names.join(name, below)), layer) for below, layer in _layers(value)]
+        for place, value in found:
+            if id(value) not in seen:
+                seen.add(id(value))
+                owners.append((place, value))
+    return owners
+
+
+_STATE = (keras.random.SeedGenerator, tf.random.Generator, tf.Variable, keras.Variable)
+# Not searched: what is no object of the user's own, and what is looked after elsewhere.
+_LIBRARIES = frozenset({"keras", "tensorflow", "tfloop", "numpy", "scipy", "pandas"}) | sys.stdlib_module_names
+_LOOKED_AFTER = (
+    *(keras.Operation, keras.Metric, keras.optimizers.Optimizer, keras.callbacks.Callback, keras.utils.PyDataset),
+    *_STATE,
+)
+
+
+def _is_holder(value):
+    """Whether an object is of a class of the user's own, or a `tf.Module`, and may hold variables as attributes."""
+    if isinstance(value, _LOOKED_AFTER) or not hasattr(value, "__dict__"):
+        return False
+    return isinstance(value, tf.Module) or type(value).__module__.partition(".")[0] not in _LIBRARIES
+
+
+def _optimizers(owners):
+    """`(path, optimizer)`, each once."""
+    found = {}
+    for path, owner in owners:
+        for name, value in _values(owner):
+            if isinstance(value, keras.optimizers.Optimizer):
+                found.setdefault(id(value), (names.join(path, name), value))
+    return list(found.values())
+
+
 def _weights(layers):
     state = _Names()
     for path, layer in layers:
@@ -106,12 +170,20 @@ def _weights(layers):
 
 
 def metric_variables(model):
-    """`name -> variable` for every variable of the model's metrics: `metrics/accuracy/total`."""
+    """`name -> variable` for every variable of the model's metrics: `metrics/accuracy/total`.
+
+    Of a `tfloop.Model` those too that its own `metrics` leaves out. A metric may make its variables at its first
+    update.
+    """
     state = _Names()
-    for name, metric in _numbered(model.metrics):
+    for name, metric in _metrics(model):
         for variable_name, variable in _numbered(metric.variables):
             state.add(f"metrics/{name}/{variable_name}", variable)
     return state.named
+
+
+def _metrics(model):
+    return list(_numbered(getattr(model, "_every_metric", lambda: model.metrics)()))
 
 
 def process_variables(create=False):
@@ -300,30 +372,34 @@ def _snake_case(name):
     return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
-def _attributes(layer, kinds):
-    """`(name, value)` for the values of some kinds among a layer's attributes, lists and dicts too."""
+_PLAIN = frozenset({type(None), bool, int, float, str})
+
+
+def _values(owner):
+    """`(name, value)` for an object's attributes, and for what lies in its lists and dicts."""
 
     def within(name, value):
-        if isinstance(value, kinds):
-            yield name, value
-        elif isinstance(value, dict):
-            for key, item in value.items():
+        if isinstance(value, dict):
+            for key, item in list(value.items()):
                 yield from within(f"{name}/{key}", item)
         elif isinstance(value, list | tuple):
-            for index, item in enumerate(value):
-                yield from within(f"{name}/{index}", item)
+            if not _PLAIN.issuperset(map(type, value)):  # there may be very many
+                for index, item in enumerate(value):
+                    yield from within(f"{name}/{index}", item)
+        else:
+            yield name, value
 
-    for name, value in vars(layer).items():
+    for name, value in list(vars(owner).items()):  # at once: another thread may add to it
         if not _keras.is_bookkeeping(name):
             yield from within(name, value)
 
 
-def _other_variables(layer):
-    """The state of a layer that Keras does not count among its weights."""
-    kinds = (keras.random.SeedGenerator, tf.random.Generator, tf.Variable, keras.Variable)
-    for name, value in _attributes(layer, kinds):
-        yield name, value if isinstance(value, tf.Variable | keras.Variable) else value.state
-    for index, generator in enumerate(_keras.seed_generators(layer)):
+def _other_variables(owner):
+    """The state of a layer, or of another object, that Keras does not count among its weights."""
+    for name, value in _values(owner):
+        if isinstance(value, _STATE):
+            yield name, value if isinstance(value, tf.Variable | keras.Variable) else value.state
+    for index, generator in enumerate(_keras.seed_generators(owner)):
         yield f"seed_generators/{index}", generator.state
 
 

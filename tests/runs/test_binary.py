@@ -5,8 +5,11 @@ import os
 import subprocess
 import sys
 
+import keras
 import pytest
 from saver import REPOSITORY
+
+from tfloop.runs import binary
 
 
 def classifier(folder, *flags, status=0):
@@ -118,3 +121,11 @@ def test_the_readmes_own_binary_runs(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=180)
     assert done.returncode == 0 and "Trained in" in done.stdout, done.stderr
     assert json.loads((tmp_path / "runs" / "own" / "1" / "summary.json").read_text())["steps"] == 14
+
+
+def test_the_learning_rate_is_that_of_the_optimizer_within_a_loss_scale():
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1))
+    binary._set_learning_rate(scaled, 0.02)
+    assert float(scaled.inner_optimizer.learning_rate) == pytest.approx(0.02)
+    schedule = keras.optimizers.schedules.CosineDecay(0.1, 10)
+    binary._set_learning_rate(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(schedule)), 0.02)

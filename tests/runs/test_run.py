@@ -1,8 +1,13 @@
 """`tfloop.Run` in code: history, callbacks, data of every kind, what is not finite, and what it refuses."""
 
+import contextlib
 import functools
 import itertools
 import json
+import os
+import re
+import signal
+import threading
 import time
 
 import keras
@@ -127,6 +132,195 @@ def test_a_tensor_that_a_callback_puts_into_the_logs_is_kept_as_a_number(tmp_pat
     assert json.loads((tmp_path / "run/summary.json").read_text())["metrics"]["rate"] == 2.5
 
 
+class Fails(keras.callbacks.Callback):
+    """An error at the beginning or the end of an epoch, when other callbacks have seen it."""
+
+    def __init__(self, when, at):
+        super().__init__()
+        setattr(self, when, lambda epoch, logs=None: self._fail(epoch == at))
+
+    def _fail(self, now):
+        if now:
+            raise InterruptedError
+
+
+class Halves(keras.callbacks.Callback):
+    """Changes the state at the beginning and at the end of every epoch."""
+
+    def _halve(self, epoch, logs=None):
+        self.model.optimizer.learning_rate = 0.5 * float(self.model.optimizer.learning_rate)
+
+    on_epoch_begin = on_epoch_end = _halve
+
+
+@pytest.mark.parametrize("when", ["on_epoch_begin", "on_epoch_end"])
+@pytest.mark.parametrize("every", [2, "epoch"])
+@pytest.mark.parametrize("validation", [None, (X[:8], Y[:8])])
+def test_callbacks_see_an_epoch_begin_and_end_once(tmp_path, when, every, validation):
+    given = {"run": {"checkpoint_every": every}, "validation_data": validation}
+    counts = Counts()
+    _, whole, expected = fit(tmp_path / "whole", 4, callbacks=[Halves(), Counts(), Fails(when, None)], **given)
+    with pytest.raises(InterruptedError):
+        fit(tmp_path / "run", 4, callbacks=[Halves(), Counts(), Fails(when, 2)], **given)
+    _, resumed, found = fit(tmp_path / "run", 4, callbacks=[Halves(), counts, Fails(when, None)], **given)
+    assert counts.epochs == 4 and found.history == expected.history
+    assert tfloop.fingerprint(resumed) == tfloop.fingerprint(whole)
+
+
+def test_an_epoch_that_a_callback_stopped_ends_after_a_resume(tmp_path):
+    class Stops(keras.callbacks.Callback):
+        def __init__(self, kills):
+            super().__init__()
+            self.kills = kills
+
+        def on_train_batch_end(self, batch, logs=None):
+            if int(self.model.optimizer.iterations) == 5:
+                self.model.stop_training = True
+                if self.kills:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    given = {"validation_data": (X[:8], Y[:8])}
+    _, _, expected = fit(tmp_path / "whole", 4, callbacks=[Stops(False)], **given)
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "run", 4, callbacks=[Stops(True)], **given)
+    run, _, found = fit(tmp_path / "run", 4, callbacks=[Stops(False)], **given)
+    assert found.history == expected.history and run.steps == 5 and not run.was_finished
+    assert rows(tmp_path / "run", "epoch") == rows(tmp_path / "whole", "epoch")
+    assert fit(tmp_path / "run", 4, **given)[0].was_finished
+
+
+class Puts(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        logs |= {"vector": np.arange(3.0), "text": "x", "none": None, "number": np.float32(0.5)}
+
+
+def test_what_is_no_number_in_the_logs_is_left_out_of_what_is_written(tmp_path):
+    fit(tmp_path, 1, callbacks=[Puts()])
+    _, _, history = fit(tmp_path, 2, callbacks=[Puts()], verbose=2, run={"log": ("csv", "tensorboard")})
+    assert history.history["text"] == ["x", "x"]
+    for row in (*rows(tmp_path, "epoch"), json.loads((tmp_path / "summary.json").read_text())["metrics"]):
+        assert row["number"] == 0.5 and not {"vector", "text", "none"} & row.keys()
+
+
+def test_a_run_orders_data_by_its_own_seed(tmp_path):
+    alone = fit(tmp_path / "alone", 2, make=lambda: model(dropout=0))[2].history
+    first = tfloop.Run(tmp_path / "first", seed=3, log=())
+    made = model(dropout=0)
+    tfloop.Run(tmp_path / "second", seed=4, log=())
+    assert first.fit(made, X, Y, batch_size=16, epochs=2, verbose=0).history == alone
+    assert reproducibility.current_seed() == 4
+
+
+def test_a_metric_that_is_made_again_leaves_nothing_under_its_old_name(tmp_path):
+    def make():
+        made = model()
+        made.compile("adam", "mse", metrics=[keras.metrics.AUC()], jit_compile=False)
+        return made
+
+    y = (Y > 0).astype("float32")
+    with pytest.raises(InterruptedError):
+        fit(tmp_path, 2, y=y, make=make, callbacks=[StopAt(5)])
+    fit(tmp_path, 2, y=y, make=make)  # in the same process: Keras gives it another name
+    assert [len(row) for row in rows(tmp_path, "epoch")] == [5, 5]
+
+
+class NoCall(tfloop.Model):
+    """Its `train_step` has layers and an optimizer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.out, self.own = layers.Dense(1), keras.optimizers.SGD(0.01)
+        self.compile(jit_compile=False)  # with Keras' default optimizer
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = keras.ops.mean((self.out(x) - y) ** 2)
+        self.minimize(loss, self.out.trainable_variables, self.own, tape=tape)
+        return {"loss": loss}
+
+
+def test_an_optimizer_that_no_step_uses_is_not_missed(tmp_path, caplog):
+    fit(tmp_path, 1, make=NoCall)
+    assert caplog.text == ""
+
+
+class Slower(keras.callbacks.EarlyStopping):
+    """A subclass of Keras' own with a count of its own, and something that no checkpoint can hold."""
+
+    def __init__(self):
+        super().__init__(patience=9)
+        self.seen, self.lock, self.rates = 0, threading.Lock(), {"all": [np.float32(0.1)]}
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.seen += 1
+        self.rates["all"].append(0.05 / self.seen)
+        self.model.optimizer.learning_rate = self.rates["all"][-1]
+
+
+class Scheduled(keras.callbacks.LearningRateScheduler):
+    def __init__(self):
+        super().__init__(self.rate)
+        self.calls = 0
+
+    def rate(self, epoch):
+        self.calls += 1
+        return 0.1 / self.calls
+
+
+def average():
+    made = model()
+    made.compile(keras.optimizers.Adam(0.05, use_ema=True, ema_momentum=0.9), "mse", jit_compile=False)
+    return made
+
+
+SWAP = functools.partial(keras.callbacks.SwapEMAWeights, swap_on_epoch=True)
+
+
+@pytest.mark.parametrize("make, kind", [(model, Slower), (model, Scheduled), (average, SWAP)])
+@pytest.mark.parametrize("at", [5, 7])
+def test_subclasses_of_keras_callbacks_go_on_with_what_they_add(tmp_path, make, kind, at, caplog):
+    given = {"validation_data": (X[:8], Y[:8]), "make": make}
+    _, whole, expected = fit(tmp_path / "whole", 4, callbacks=[kind()], **given)
+    with pytest.raises(InterruptedError):
+        fit(tmp_path / "run", 4, callbacks=[kind(), StopAt(at)], **given)
+    _, resumed, found = fit(tmp_path / "run", 4, callbacks=[kind()], **given)
+    assert found.history == expected.history
+    assert tfloop.fingerprint(resumed) == tfloop.fingerprint(whole)
+    assert [r.getMessage().split(": ")[1] for r in caplog.records] == (["Slower.lock"] if kind is Slower else [])
+
+
+def test_a_checkpoint_of_keras_is_made_after_the_same_batches(tmp_path):
+    def names(folder, **given):
+        saver = keras.callbacks.ModelCheckpoint(
+            tmp_path / (folder.name + "-{epoch}-{batch}.weights.h5"), save_weights_only=True, save_freq=5
+        )
+        with contextlib.suppress(InterruptedError):
+            fit(folder, 4, callbacks=[saver, *given.get("callbacks", ())])
+        return sorted(path.name.removeprefix(folder.name) for path in tmp_path.glob(f"{folder.name}-*.h5"))
+
+    names(tmp_path / "run", callbacks=[StopAt(8)])
+    assert names(tmp_path / "run") == names(tmp_path / "whole") != []
+
+
+class Ends(keras.callbacks.Callback):
+    def on_train_begin(self, logs=None):
+        raise AssertionError("nothing is trained")
+
+    def on_train_end(self, logs=None):
+        raise AssertionError("nothing was trained")
+
+
+def test_callbacks_hear_nothing_of_a_run_that_is_finished(tmp_path):
+    log = tmp_path / "log.csv"
+    for epochs in (2, 2, 3):
+        _, _, history = fit(tmp_path / "run", epochs, callbacks=[keras.callbacks.CSVLogger(log)])
+        assert history.epoch == list(range(epochs))
+        assert [line.split(",")[0] for line in log.read_text().splitlines()] == ["epoch", *map(str, range(epochs))]
+    run, _, _ = fit(tmp_path / "run", 3, callbacks=[Ends()])
+    assert run.was_finished
+
+
 class TwoOptimizers(tfloop.Model):
     """Its `train_step` builds its optimizers, in the first step."""
 
@@ -154,6 +348,131 @@ def test_optimizers_that_the_step_builds_go_on_with_their_moments(tmp_path, how)
     fit(tmp_path / "parts", 2, make=make)
     parts = fit(tmp_path / "parts", 4, make=make)[1]
     assert tfloop.fingerprint(parts) == tfloop.fingerprint(whole)
+
+
+class Held:
+    """A running mean of the loss that is no layer: a plain object, which Keras does not look into."""
+
+    def __init__(self, module=False):
+        self.inner = tf.Module() if module else type("Plain", (), {"__module__": __name__})()
+        self.inner.value = tf.Variable(0.0, trainable=False)
+
+    def __call__(self, loss):
+        return self.inner.value.assign(0.9 * self.inner.value + 0.1 * loss)
+
+
+def closed_over():
+    value = tf.Variable(0.0, trainable=False)
+    return lambda loss: value.assign(0.9 * value + 0.1 * loss)
+
+
+def global_generator():
+    tf.random.set_global_generator(tf.random.Generator.from_seed(3))
+    return lambda loss: tf.random.get_global_generator().uniform(())
+
+
+class Helped(tfloop.Model):
+    """A model whose step depends on something that a helper keeps."""
+
+    def __init__(self, helper):
+        super().__init__()
+        self.out, self.helper = layers.Dense(1), helper
+
+    def call(self, x):
+        return self.out(x)
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            error = (self(x, training=True) - y) ** 2
+            loss = tf.reduce_mean(error) * (1.0 + self.helper(tf.stop_gradient(tf.reduce_mean(error))))
+        self.minimize(loss, self.trainable_variables, tape=tape)
+        return {"loss": loss}
+
+
+HELPERS = {"plain": Held, "module": lambda: Held(module=True), "closure": closed_over, "global": global_generator}
+
+
+@pytest.mark.parametrize("kind", HELPERS)
+def test_what_helpers_of_the_step_keep_is_kept(tmp_path, kind):
+    def make():
+        made = Helped(HELPERS[kind]())
+        made.compile(keras.optimizers.SGD(0.01), jit_compile=False)
+        return made
+
+    _, whole, expected = fit(tmp_path / "whole", 3, make=make)
+    with pytest.raises(InterruptedError):
+        fit(tmp_path / "run", 3, make=make, callbacks=[StopAt(5)])
+    _, resumed, found = fit(tmp_path / "run", 3, make=make)
+    assert tfloop.fingerprint(resumed) == tfloop.fingerprint(whole)
+    assert found.history == expected.history
+
+
+def test_a_step_that_is_skipped_moves_nothing_in_a_helper(tmp_path):
+    helper = Held()
+
+    def make():
+        made = Helped(helper)
+        made.compile(keras.optimizers.SGD(0.01), jit_compile=False)
+        return made
+
+    fit(tmp_path / "run", 1, x=broken(3), make=make, run={"on_nan": "skip"})
+    assert np.isfinite(helper.inner.value.numpy())
+
+
+def test_random_numbers_whose_state_cannot_be_saved_are_told_of(tmp_path, caplog):
+    def make():
+        made = Helped(lambda loss: tf.random.uniform(()))
+        made.compile(keras.optimizers.SGD(0.01), jit_compile=False)
+        return made
+
+    fit(tmp_path / "run", 1, make=make)
+    assert "RandomUniform" in caplog.text and "tf.random.Generator" in caplog.text
+    caplog.clear()
+    fit(tmp_path / "other", 1)
+    assert caplog.text == ""
+
+
+class LazyMetrics(tfloop.Model):
+    """A metric that makes its variables at its first update, and one that `metrics` leaves out."""
+
+    def __init__(self):
+        super().__init__()
+        self.out, self.f1 = layers.Dense(2, activation="softmax"), keras.metrics.F1Score(average="macro")
+        self.mae = keras.metrics.MeanAbsoluteError(name="mae")
+
+    def call(self, x):
+        return self.out(x)
+
+    @property
+    def metrics(self):
+        return [self.f1]
+
+    def train_step(self, data):
+        x, y = data
+        y = tf.concat([y, 1 - y], 1)
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            loss = tf.reduce_mean((y_pred - y) ** 2)
+        self.minimize(loss, self.trainable_variables, tape=tape)
+        self.f1.update_state(y, y_pred)
+        self.mae.update_state(y, y_pred)
+        return {"f1": self.f1.result(), "mae": self.mae.result()}
+
+
+@pytest.mark.parametrize("how", [{"jit_compile": False}, {"run_eagerly": True}], ids=["graph", "eager"])
+def test_every_metric_goes_on_within_the_epoch(tmp_path, how):
+    def make():
+        made = LazyMetrics()
+        made.compile(keras.optimizers.SGD(0.1), **how)
+        return made
+
+    y = (np.sin(3 * Y) > 0).astype("float32")
+    _, _, expected = fit(tmp_path / "whole", 2, y=y, make=make)
+    with pytest.raises(InterruptedError):
+        fit(tmp_path / "run", 2, y=y, make=make, callbacks=[StopAt(5)])
+    _, _, found = fit(tmp_path / "run", 2, y=y, make=make)
+    assert found.history == expected.history
 
 
 def dataset():
@@ -298,6 +617,62 @@ def test_other_arguments_are_refused(tmp_path):
         fit(tmp_path, 2, X[:32], Y[:32])
 
 
+def trained(optimizer=lambda: keras.optimizers.Adam(0.05), loss="mse", **compiled):
+    def make():
+        made = model()
+        made.compile(optimizer(), loss, jit_compile=False, **compiled)
+        return made
+
+    return make
+
+
+def mine(y, y_pred):
+    return tf.reduce_mean((y - y_pred) ** 2)
+
+
+SCHEDULE = keras.optimizers.schedules.CosineDecay
+CODE = {
+    "optimizer/learning_rate: 0.05": ({}, {"make": trained(lambda: keras.optimizers.Adam(0.01))}),
+    "optimizer/class: 'Adam' -> 'SGD'": ({}, {"make": trained(lambda: keras.optimizers.SGD(0.05))}),
+    "decay_steps: 10 -> 20": tuple(
+        {"make": trained(lambda n=n: keras.optimizers.SGD(SCHEDULE(0.1, n)))} for n in (10, 20)
+    ),
+    "training/loss: 'mse' -> 'mae'": ({}, {"make": trained(loss="mae")}),
+    "training/loss: 'mse' -> 'mine'": ({}, {"make": trained(loss=mine)}),
+    "training/loss_weights: None -> 2.0": ({}, {"make": trained(loss_weights=2.0)}),
+    "training/accumulate: 1 -> 2": ({}, {"make": trained(accumulate=2)}),
+    "training/class_weight/1: 1.0 -> 9.0": ({"class_weight": {1: 1.0}}, {"class_weight": {1: 9.0}}),
+    "training/class_weight": ({}, {"class_weight": {1: 9.0}}),
+    "training/sample_weight: 'float64[40]": ({"sample_weight": np.ones(40)}, {"sample_weight": np.arange(40.0)}),
+    "training/validation_freq: [1] -> [2]": ({"validation_freq": [1]}, {"validation_freq": [2]}),
+}
+
+
+@pytest.mark.parametrize("difference", CODE)
+def test_what_the_code_trains_with_is_refused_with_the_difference(tmp_path, difference):
+    before, now = CODE[difference]
+    before, now = ({"y": (Y > 0).astype("float32"), **given} for given in (before, now))
+    fit(tmp_path, 1, **before)
+    fit(tmp_path, 2, **before)
+    with pytest.raises(ConfigError, match=re.escape(difference)):
+        fit(tmp_path, 3, **now)
+
+
+def test_a_learning_rate_that_a_callback_changed_is_no_difference(tmp_path):
+    run, made, _ = fit(tmp_path, 1, callbacks=[Halves()])
+    run.fit(made, X, Y, batch_size=16, epochs=2, verbose=0, callbacks=[Halves()])
+    fit(tmp_path, 3, callbacks=[Halves()])
+
+
+def test_a_folder_that_an_earlier_version_made_goes_on(tmp_path):
+    fit(tmp_path, 1)
+    path = tmp_path / "config.json"
+    told = json.loads(path.read_text())
+    del told["training"]
+    path.write_text(json.dumps(told))
+    assert fit(tmp_path, 2, make=trained(loss="mae"))[0].steps == 6
+
+
 def test_a_run_in_use_is_refused(tmp_path):
     run = tfloop.Run(tmp_path)
     with pytest.raises(LockedError):
@@ -316,7 +691,7 @@ def test_another_model_is_refused_or_taken_in_part(tmp_path):
         inputs = keras.Input((4,))
         hidden = layers.Dense(8, activation="relu", name="hidden")(inputs)
         made = tfloop.Model(inputs, layers.Dense(1, name="out")(layers.Dense(3, name="new")(hidden)))
-        made.compile("adam", "mse", jit_compile=False)
+        made.compile(keras.optimizers.Adam(0.05), "mse", jit_compile=False)
         return made
 
     _, first, _ = fit(tmp_path, 1)
@@ -327,6 +702,14 @@ def test_another_model_is_refused_or_taken_in_part(tmp_path):
 
 
 # Rehearsals
+
+
+def test_one_batch_to_overfit_is_not_split():
+    x, y, arguments = rehearsal.one_batch(X, Y, {"batch_size": 16, "validation_split": 0.25})
+    made = tfloop.Model(x_in := keras.Input((4,)), layers.Dense(1)(x_in))
+    made.add_metric(lambda t: keras.ops.shape(t["x"])[0], name="examples")
+    made.compile("sgd", "mse", jit_compile=False)
+    assert made.fit(x, y, verbose=0, **arguments).history["examples"] == [16]
 
 
 def test_a_verification_names_what_differs():
@@ -394,6 +777,24 @@ def test_the_best_epoch_is_kept_with_its_own_weights(tmp_path):
     plain = model()
     tfloop.average(plain, [found[0]])
     assert tfloop.fingerprint(plain) != tfloop.fingerprint(made) or best == 5
+
+
+@pytest.mark.parametrize("every", [5, "60s"])
+def test_the_best_epoch_is_kept_whenever_else_is_saved(tmp_path, every):
+    class Worse(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            logs["score"] = [3.0, 1.0, 2.0, 4.0][epoch]
+
+        def get_state(self):
+            return {}
+
+        def set_state(self, state):
+            pass
+
+    run = {"checkpoint_every": every, "keep": 1, "best": "score"}
+    for epochs in (3, 4):
+        fit(tmp_path, epochs, callbacks=[Worse()], run=run)
+        assert "step-0000000006" in {path.name[:15] for path in (tmp_path / "checkpoints").iterdir()}
 
 
 def test_checkpoints_by_seconds_are_within_epochs_too(tmp_path):

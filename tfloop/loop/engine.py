@@ -79,6 +79,13 @@ class Program:
         return list(self.step.graph.variables)
 
     @property
+    def changed(self):
+        """The variables that the step writes to, in the order in which it comes to them."""
+        by_handle = {id(v.handle): v for v in self.variables}
+        written = map(id, _keras.written_resources(self.step.graph))
+        return [by_handle[handle] for handle in written if handle in by_handle]
+
+    @property
     def operations(self):
         """The types of the operations in the step, those of inner functions too, one for each operation."""
         graph = self.step.graph.as_graph_def()

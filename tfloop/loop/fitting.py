@@ -68,9 +68,15 @@ class Loop:
         self._runner.build(kind, source.spec, lambda: first_batch(source))
 
     def trace(self, source):
-        """Traces the training step, where it is not run eagerly: that makes what it makes when it first runs."""
-        if not self._steps.eager:
-            self._runner.program("train", source.spec).step  # noqa: B018
+        """Traces the training step: that makes what it makes when it first runs. Returns its `Program`.
+
+        Where it is run eagerly there is nothing to be traced, and `None`.
+        """
+        if self._steps.eager:
+            return None
+        program = self._runner.program("train", source.spec)
+        program.traced()
+        return program
 
     def build_optimizers(self, source):
         """Builds the optimizers that the training step builds when it first runs."""
@@ -131,6 +137,8 @@ class Loop:
         observer = observer_of(hooks.callbacks)
         self._keeper, self._steps.guarded = None, False
         observer.on_built(self, source, hooks.callbacks)
+        if observer.was_finished:
+            hooks.silence()
         by_step = self._one_by_one(hooks)
         pace = Pace(self._steps.choices["steps_per_execution"], by_step)
         engine = self._choose(source, validation, epochs - initial_epoch, pace, verbose)
@@ -139,16 +147,16 @@ class Loop:
         hooks.on_train_begin()
         initial_epoch = self._steps.initial_epoch(initial_epoch)
         at = self.position = observer.start(Position(initial_epoch))
-        if initial_epoch < at.epoch < epochs:
+        if initial_epoch < at.epoch < epochs and not model.stop_training:
             self._count_through(source, validation, initial_epoch, at.epoch, validation_freq)
         validated = at.epoch > initial_epoch
         with contextlib.ExitStack() as stack:
             for epoch in range(at.epoch, epochs):
-                if model.stop_training:
-                    break
                 if epoch != at.epoch:
                     at = self.position = Position(epoch)
                     stack.enter_context(names.unchanging())  # the first epoch may still make layers
+                if model.stop_training and not at.batch:
+                    break
                 self._steps.reset_metrics()
                 hooks.on_epoch_begin(epoch)
                 observer.enter(at)
@@ -159,15 +167,15 @@ class Loop:
                         says_empty(source, first=epoch == initial_epoch)
                         break
                     logs = values
-                    if validation is not None and is_due(epoch, validation_freq):
-                        observer.before_validation()
+                    validates = validation is not None and is_due(epoch, validation_freq)
+                    observer.before_end(validates)
+                    if validates:
                         with self._steps.for_validation():
                             found = self._test(validation, hooks, nested(verbose), observer, validated, **VALIDATION)
                         validated = True
-                        observer.after_validation()
                         logs = {**logs, **{f"val_{name}": value for name, value in found.items()}}
                     hooks.on_epoch_end(epoch, logs)
-                    bar.finish(logs)
+                    bar.finish({name: value for name, value in logs.items() if is_shown(value)})
                 self.position = Position(epoch + 1)
                 observer.on_epoch(epoch, logs)
         observer.finish()
@@ -184,7 +192,8 @@ class Loop:
         reproducibility.set_random_state(random)
 
     def _train_epoch(self, engine, source, position, pace, hooks, bar):
-        for record in self._chunks(engine, "train", source, position, pace, hooks):
+        stopped = position.batch and self._steps.model.stop_training  # in an earlier process, within this epoch
+        for record in () if stopped else self._chunks(engine, "train", source, position, pace, hooks):
             bar.update(position.batch, position.aggregate.values(), finalize=False, examples=record.examples)
             if self._steps.model.stop_training:
                 break
@@ -372,6 +381,17 @@ def says_empty(source, first):
     if first:
         raise ValueError("The data are empty: there is no batch. Expected at least one.")
     warn_ran_out(source.steps)
+
+
+def is_shown(value):
+    """Whether a bar can show what is in the logs: a callback may put anything there."""
+    if isinstance(value, float):
+        return True
+    try:
+        float(np.mean(np.asarray(value)))
+    except (TypeError, ValueError, NotImplementedError):
+        return False
+    return True
 
 
 def check_epochs(epochs, initial_epoch):

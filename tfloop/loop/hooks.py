@@ -2,6 +2,8 @@
 
 import keras
 
+from tfloop.loop.observer import Observer
+
 
 class Hooks:
     """The callbacks of a fit. `hooks.on_epoch_end(epoch, logs)` calls that of each, in order.
@@ -16,6 +18,10 @@ class Hooks:
                 callbacks, add_history=True, add_progbar=False, model=model, **params
             )
         self.callbacks = callbacks.callbacks
+
+    def silence(self):
+        """From now on only the history, and what accompanies the fit, are called."""
+        self.callbacks = [c for c in self.callbacks if isinstance(c, keras.callbacks.History | Observer)]
 
     def want_batches(self, kind):
         """Whether a callback does something at every batch of a `"train"`, `"test"` or `"predict"`."""

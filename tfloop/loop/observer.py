@@ -31,14 +31,16 @@ class Observer(keras.callbacks.Callback):
         before_chunk()          when the batches are there: from now on variables move
         on_chunk(record, feed)  after it, before the callbacks see it; gives the record to go on with
         after_chunk()           when they have seen it: what is done by now is done
-        before_validation()     when an epoch's batches are done, if it is validated
+        before_end(validates)   when an epoch's batches are done, before it is validated and the callbacks see its end
         on_validation()         between chunks of the validation
-        after_validation()      when it is done
         on_epoch(epoch, logs)   when an epoch is over, after the callbacks
         finish()                when the last one is, before what the end of training does to the weights
 
-    An exception that one of them raises ends the fit.
+    An exception that one of them raises ends the fit. `was_finished`, from `on_built` on: whether there is nothing left
+    to train; then the other callbacks hear nothing.
     """
+
+    was_finished = False
 
     def on_built(self, loop, source, callbacks):
         pass
@@ -64,13 +66,10 @@ class Observer(keras.callbacks.Callback):
     def after_chunk(self):
         pass
 
-    def before_validation(self):
+    def before_end(self, validates):
         pass
 
     def on_validation(self):
-        pass
-
-    def after_validation(self):
         pass
 
     def on_epoch(self, epoch, logs):

@@ -32,10 +32,12 @@ EXPLICIT = {True: "jit", "step": "jit", "loop": "scan", False: "graph"}
 # one: 398 ms a step were seen against 7 for the same step compiled alone.
 CONVOLUTIONS = tuple(f"{op}Backprop" for op in ("Conv2D", "Conv3D", "DepthwiseConv2dNative"))
 
-# What a trial cannot take back: random numbers with a state of their own, and calls of Python.
-UNREPEATABLE = frozenset(
+# Random numbers whose state is in the operation itself, where nothing reads it: those of `tf.random.normal`.
+HIDDEN_STATE = frozenset(
     ("RandomUniform", "RandomUniformInt", "RandomStandardNormal", "TruncatedNormal", "ParameterizedTruncatedNormal")
-) | frozenset(("RandomShuffle", "RandomGamma", "RandomPoissonV2", "Multinomial", "PyFunc", "EagerPyFunc"))
+) | frozenset(("RandomShuffle", "RandomGamma", "RandomPoissonV2", "Multinomial"))
+# What a trial cannot take back: those, and calls of Python.
+UNREPEATABLE = HIDDEN_STATE | {"PyFunc", "EagerPyFunc"}
 
 
 @dataclasses.dataclass(frozen=True)

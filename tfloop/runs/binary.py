@@ -238,6 +238,7 @@ def named(flag, name):
 
 def _set_learning_rate(optimizer, rate):
     """A binary that does not read `--learning_rate` obeys it all the same; a schedule is its own affair."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # a loss scale has no rate of its own
     if isinstance(optimizer._learning_rate, keras.Variable):
         optimizer.learning_rate = rate
 

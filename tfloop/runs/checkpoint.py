@@ -4,6 +4,7 @@ A state is copied out, written aside on a thread, flushed and renamed into place
 ones deleted. Order is by step, never by time. What is damaged is skipped with a warning and kept.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -220,6 +221,20 @@ class Checkpoints:
 
     def _names(self):
         return sorted(os.listdir(self.folder)) if files.is_folder(self.folder) else []
+
+    def would_be_best(self, metrics):
+        """Whether a checkpoint with these metrics would be the best of those there are."""
+        metric, mode = self.best
+        score = metrics.get(metric)
+        if score is None or not math.isfinite(score):
+            return False
+        others = []
+        for name in self._names():
+            if checkpoint_file.order(name):
+                with contextlib.suppress(Damaged):
+                    others.append(self._metrics_of(name).get(metric))
+        others = [other for other in others if isinstance(other, int | float) and math.isfinite(other)]
+        return all(score < other if mode == "min" else score > other for other in others)
 
     def _prune(self, keep):
         """Deletes what is neither among the last `keep` nor the best. Damaged ones are left alone."""

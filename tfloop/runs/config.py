@@ -1,9 +1,15 @@
 """The configuration of a run, and what may differ when it goes on.
 
-`config.json` holds `flags`, `seed`, `versions`, `threads`, `engine` and whatever a binary adds.
+`config.json` holds `flags`, `seed`, `training`, `versions`, `threads`, `engine` and whatever a binary adds.
 """
 
+import hashlib
+import math
 from typing import NamedTuple
+
+import numpy as np
+
+from tfloop.runs import files
 
 # May be chosen anew at every start.
 FREE = frozenset(
@@ -16,6 +22,11 @@ WARNED = ("versions", "threads", "machine")
 RECORDED = ("engine", "choice")
 
 
+# What is said in code. An entry that is on one side only says nothing: an earlier version wrote none, and of an
+# optimizer in use there is none.
+TRAINING = "training"
+
+
 class Changes(NamedTuple):
     """Differences as lines `flags/seed: 0 -> 1`, by what follows from them."""
 
@@ -24,9 +35,16 @@ class Changes(NamedTuple):
     allowed: list
 
 
-def changes(before, now):
-    """How a configuration differs from the recorded one. Both are what JSON can hold."""
+def changes(before, now, partial=False):
+    """How a configuration differs from the recorded one. Both are what JSON can hold.
+
+    `partial`: whether the model may be another one; then so may what trains it.
+    """
     found = Changes([], [], [])
+    both = before.get(TRAINING, {}).keys() & now.get(TRAINING, {}).keys()
+    before, now = (
+        {**side, TRAINING: {k: v for k, v in side.get(TRAINING, {}).items() if k in both}} for side in (before, now)
+    )
     old, new = dict(_flat("", before)), dict(_flat("", now))
     for path in dict.fromkeys([*old, *new]):
         if path in old and path in new and _equal(old[path], new[path]):
@@ -36,7 +54,7 @@ def changes(before, now):
             continue
         if top == "flags" and rest and rest[0] in FREE:
             kind = found.allowed
-        elif top in WARNED:
+        elif top in WARNED or (partial and top == TRAINING):
             kind = found.warned
         else:
             kind = found.refused
@@ -60,3 +78,31 @@ def _equal(a, b):
 
 def _shown(values, path):
     return repr(values[path]) if path in values else "(not set)"
+
+
+def described(value):
+    """A value of the code as JSON holds it: of an object its class and Keras' `get_config`, of an array a hash, of a
+    function its name, as what it does cannot be told. Without the names that Keras gives."""
+    value = files.plain(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, tuple(files.PLAIN)):
+        return value
+    if isinstance(value, dict):
+        return {str(key): described(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(described, value))
+    if isinstance(value, list | tuple):
+        return [described(item) for item in value]
+    if hasattr(value, "__array__"):
+        array = np.ascontiguousarray(value)
+        content = str(array.tolist()).encode() if array.dtype.hasobject else array.tobytes()
+        return f"{array.dtype}{list(array.shape)} {hashlib.sha256(content).hexdigest()[:16]}"
+    if isinstance(value, type) or not hasattr(value, "get_config"):
+        return getattr(value, "__name__", type(value).__name__)
+    try:
+        config = dict(value.get_config())
+    except Exception:  # a class of the user's that does not say
+        config = {}
+    config.pop("name", None)
+    return {"class": type(value).__name__, **described(config)}

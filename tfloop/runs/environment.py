@@ -1,4 +1,4 @@
-"""What the bits of a run depend on besides its flags: versions, threads, machine."""
+"""What the bits of a run depend on besides its flags: what is said in code, versions, threads, machine."""
 
 import os
 import platform
@@ -6,6 +6,23 @@ import platform
 import keras
 import numpy as np
 import tensorflow as tf
+
+from tfloop import _keras, reproducibility
+from tfloop.runs.config import described
+
+
+def training(model, arguments):
+    """`entry -> description` of what the code gives to `compile` and `fit` and changes the numbers.
+
+    An optimizer that has made updates is left out: callbacks may have changed it since.
+    """
+    compiled = _keras.compile_arguments(model)
+    found = {name: described(compiled.get(name)) for name in ("loss", "loss_weights")}
+    found["accumulate"] = model._tfloop_choices["accumulate"]
+    for name, default in (("class_weight", None), ("sample_weight", None), ("validation_freq", 1)):
+        found[name] = described(arguments.get(name, default))
+    unused = [(path, o) for path, o in reproducibility.optimizers(model) if not int(o.iterations.numpy())]
+    return found | {path: described(optimizer) for path, optimizer in unused}
 
 
 def describe():

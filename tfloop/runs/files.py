@@ -118,6 +118,12 @@ def plain(value):
     return value.item() if hasattr(value, "item") and value.ndim == 0 else value
 
 
+def numbers(values):
+    """Those of a dict's values that are numbers, scalars of NumPy's and TensorFlow's too."""
+    found = {name: plain(value) for name, value in values.items()}
+    return {name: value for name, value in found.items() if isinstance(value, int | float)}
+
+
 def _are_plain(values):
     """Whether these are finite floats, or numbers and texts that any JSON can hold: a history has thousands of them."""
     kinds = set(map(type, values))

@@ -112,7 +112,8 @@ def build(model, x, y, arguments):
 def one_batch(x, y, arguments):
     """`(x, y, arguments)` of a fit that sees the first batch again and again, as many steps as it would have had."""
     batch_size, steps = arguments.pop("batch_size", None), arguments.pop("steps_per_epoch", None)
-    arguments.pop("shuffle", None)
+    for name in ("shuffle", "validation_split"):  # the batch is trained on whole
+        arguments.pop(name, None)
     weight = arguments.pop("sample_weight", None)
     source = sources.make_source(x, y, weight, batch_size, steps, goes_on=True)
     batch = next(iter(batchwise.batches(source)))

@@ -97,7 +97,8 @@ class Run:
         Takes the arguments of `fit`; `epochs` counts from the run's beginning. SIGTERM and the first Ctrl-C
         finish the step, save and end with `SystemExit(143)` or `KeyboardInterrupt`.
 
-        Returns the `keras.callbacks.History` of the whole run, of earlier processes too.
+        Returns the `keras.callbacks.History` of the whole run, of earlier processes too. Steps are counted as
+        the model's updates: one that was trained before its run goes on from there.
         """
         if not isinstance(model, Model):
             raise TypeError(
@@ -112,7 +113,7 @@ class Run:
         callbacks = list(keras.tree.flatten(callbacks or []))
         stop = Stop()
         try:
-            with stop.listening():
+            with stop.listening(), reproducibility.ordering(self.seed):  # another run may have set its own since
                 self._fit(model, x, y, callbacks, stop, {"epochs": 1, **arguments})
         finally:
             self.close()

@@ -3,21 +3,24 @@
 Where several processes train together each has a session, and they agree between chunks. The chief's is that of the
 run; the others write their logs aside (see `Aside`), read its checkpoints, and save none.
 
-Variables, position and rows belong together after a chunk, and not while one runs: what ends a fit in a chunk
-(an error in the step, a second Ctrl-C) leaves the state of an earlier chunk to be saved, kept in memory for that.
+Variables, position and rows belong together after a chunk, and not while one runs, nor while callbacks see an epoch
+begin or end, some of them before others: what ends a fit there (an error in the step or in a callback) leaves an
+earlier state to be saved, kept in memory for that.
 """
 
 import contextlib
 import sys
 import time
 
+import keras
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
 from tfloop import replicas, reproducibility, statistics
+from tfloop.loop import tuner
 from tfloop.loop.observer import Observer, Position
-from tfloop.runs import callback_state, config, environment, guard, workdir
+from tfloop.runs import callback_state, config, environment, files, guard, workdir
 from tfloop.runs.errors import CheckpointError, ConfigError, Refused
 from tfloop.runs.profile import Profile
 from tfloop.runs.sentry import RolledBack, Sentry
@@ -41,7 +44,7 @@ class Session(Observer):
         self._arguments = arguments
         self._skipped = guard.Skipped(skipped)
         self._writer = None  # there from the start of the training on
-        self._moving = False  # whether a chunk is running
+        self._moving = False  # whether something runs that is not to be saved half done
         self._copy = None  # of the state, for an error in a chunk: see `_State`
         self._copied_at, self._copy_seconds = 0.0, 0.0
         self._saved = None  # where the last save was made
@@ -68,23 +71,36 @@ class Session(Observer):
         if self._run.on_nan != "ignore":
             loop.guard()
         self._others = [c for c in callbacks if c is not self]
+        self._others_act = any(not isinstance(c, keras.callbacks.History) for c in self._others)
         model, run = self.model, self._run
-        make_state(model, loop, source)
-        self._variables = {**reproducibility.state_variables(model), **reproducibility.metric_variables(model)}
-        self._all = {**self._variables, **reproducibility.process_variables()}
-        self._read = reproducibility.Reader(self._variables)
         self._before = workdir.read_json(self._run.shared, workdir.CONFIG)
         self._now = self._configuration(source)
         if self._before is not None:
             self._compare(self._before, self._now)
             loop.use(self._before.get("choice"))
+        make_state(model, loop, source)
+        with refusing_watches():
+            self._program = program = loop.trace(source)
+        self._variables = {**reproducibility.state_variables(model), **reproducibility.metric_variables(model)}
+        self._variables |= unowned(program, {**self._variables, **reproducibility.process_variables()})
+        self._all = {**self._variables, **reproducibility.process_variables()}
+        self._read = reproducibility.Reader(self._variables)
+        warn_of_hidden_state(program)
         if run.on_nan != "ignore":
             copies = [c for v in self._all.values() for c in replicas.copies(v)]
             loop.keep(copies, halts=run.on_nan != "skip")
-        with refusing_watches():
-            loop.trace(source)
         self._restored = self._restorable()
+        if self._restored is not None:
+            self._look_ahead(self._restored.manifest)
         self._sentry = Sentry(model, self._all, source, run.on_nan, run.spike, self._skipped, self._place)
+
+    def _look_ahead(self, manifest):
+        """What callbacks must know before the training begins for them."""
+        stopped = manifest["stop_training"] and not manifest["batch"]
+        self.was_finished = stopped or manifest["epoch"] >= self._arguments["epochs"]
+        for callback in self._others:
+            if isinstance(callback, keras.callbacks.CSVLogger):
+                callback.append = True
 
     def _restorable(self):
         """The checkpoint to go on from. The chief looks first, as it sets damaged ones aside."""
@@ -102,7 +118,9 @@ class Session(Observer):
 
     def _configuration(self, source):
         data = {"examples": getattr(source, "examples", None), "steps_per_epoch": source.steps}
-        return {"flags": self._flags(), "seed": self._run.seed, "data": data, **environment.describe()}
+        training = environment.training(self.model, self._arguments)
+        told = {"flags": self._flags(), "seed": self._run.seed, "data": data, config.TRAINING: training}
+        return {**told, **environment.describe()}
 
     def _flags(self):
         run = self._run
@@ -113,7 +131,7 @@ class Session(Observer):
         return {**told, **simple, **run.settings}
 
     def _compare(self, before, now):
-        changes = config.changes(before, now)
+        changes = config.changes(before, now, partial=self._run.resume == "partial")
         if changes.refused:
             listed = "\n".join(f"  {line}" for line in changes.refused)
             raise ConfigError(
@@ -138,19 +156,22 @@ class Session(Observer):
         self._loop.position = position
         if self._run.profile:
             self._profile.folder = self._place.make_folder("tensorboard")
-        self._copy_state()
+        self._hold()
         return position
 
     def _resume(self):
         manifest = self._restored.manifest
-        self._restore()
+        if anew := self._restore():
+            logging.warning(
+                "These callbacks, or attributes of theirs, have no get_state/set_state and begin anew: %s",
+                ", ".join(anew),
+            )
         self._seconds_before = manifest["seconds"]
         self._sentry.set_state(manifest["sentry"])
         position = Position(manifest["epoch"], manifest["batch"])
-        position.aggregate.set_state(manifest["aggregate"])
+        position.aggregate.set_state(self._of_the_step(manifest["aggregate"]))
         self._saved = (self._count(), position.epoch, position.batch)
         self.model.stop_training = manifest["stop_training"]
-        self.was_finished = self.model.stop_training or position.epoch >= self._arguments["epochs"]
         where = (
             "is finished" if self.was_finished else f"goes on in epoch {position.epoch + 1}/{self._arguments['epochs']}"
         )
@@ -159,18 +180,27 @@ class Session(Observer):
             tell("The data cannot be positioned and are counted through: exact if they come in the same order again.")
         return position
 
+    def _of_the_step(self, aggregate):
+        """What an aggregate holds of the values that the step has: unnamed metrics made again have other names."""
+        layout = None if self._program is None else self._program.layout
+        if layout is None:
+            return aggregate
+        names = {c.name for c in layout.columns} | {r.name for r in layout.results}
+        kept = {key: {n: v for n, v in aggregate[key].items() if n in names} for key in ("state", "results")}
+        return {**aggregate, **kept, "order": [n for n in aggregate["order"] if n in names]}
+
     def enter(self, position):
         if position.batch:  # what the beginning of the epoch did to the state was done before
             self._restore()
+        self._moving = False
 
     def _restore(self):
+        """Sets the state. Returns the names of what begins anew of the callbacks."""
         manifest, tensors = self._restored.manifest, self._restored.tensors
         process = reproducibility.process_variables(create="process/seed_generator" in tensors)
         reproducibility.assign({**self._variables, **process}, tensors)
         reproducibility.set_random_state(callback_state.put_back(manifest["random"], tensors))
-        anew = callback_state.set_states(self._others, manifest["callbacks"], tensors)
-        if anew:
-            logging.warning("These callbacks have no get_state/set_state and begin anew: %s", ", ".join(anew))
+        return callback_state.set_states(self._others, manifest["callbacks"], tensors)
 
     def _count(self):
         return int(self.model.extra_state()["updates"].numpy())
@@ -236,8 +266,14 @@ class Session(Observer):
             return self.updates % every.steps == 0 and self._saved != self._here()
         return every.seconds is not None and time.monotonic() - self._saved_at >= every.seconds
 
-    def before_validation(self):
-        self._copy_state()  # a validation that does not end leaves no trace: it is begun anew
+    def before_end(self, validates):
+        if validates or self._others_act:
+            self._hold()
+
+    def _hold(self):
+        """From here on the state as it is now is what an error leaves: what follows is begun anew."""
+        if self._copy is None or self._copy[0] != self._here():
+            self._copy_state()
         self._moving = True
 
     def on_validation(self):
@@ -245,19 +281,19 @@ class Session(Observer):
         if self._stop.is_due(self._team):
             self._stop.end()
 
-    def after_validation(self):
-        self._moving = False
-
     def on_epoch(self, epoch, logs):
-        self._writer.scalars("epoch", self.updates, epoch, logs)
-        self._logs = logs
-        if self._run.every == (None, None):
+        self._moving = False
+        self._logs = files.numbers(logs)  # callbacks may have put anything there
+        self._writer.scalars("epoch", self.updates, epoch, self._logs)
+        if self._run.every == (None, None) or self._checkpoints.would_be_best(self._logs):
             self._owed = True
         save = self._owed and (self._run.best or not self._checkpoints.busy)
         if self._team.told(save)[0]:
             self.save()  # the best one must be that of the epoch's end, however long it takes
         if self._stop.is_due(self._team):
             self._stop.end()
+        if self._others_act:
+            self._hold()
 
     # Saving.
 
@@ -289,7 +325,7 @@ class Session(Observer):
         where, tensors, manifest = self._copy = state or self._state()
         self._copied_at = time.monotonic()
         logs = self._logs if self._logs and manifest["batch"] == 0 else {}  # they are those of an epoch's end
-        scores = {n: float(v) for n, v in logs.items() if isinstance(v, int | float)}
+        scores = {name: float(value) for name, value in logs.items()}
         flush = self._writer.flush
         self._checkpoints.save(where[0], tensors, manifest, scores, before_commit=flush, wait=wait, copy=False)
         self._saved_at, self._saved, self._owed = time.monotonic(), where, False
@@ -304,6 +340,7 @@ class Session(Observer):
 
     def finish(self):
         """Saves what further epochs go on from: the weights, before an optimizer puts its average in their place."""
+        self._moving = False
         if not self.was_finished:
             self._save_at_the_end(None)
 
@@ -368,7 +405,7 @@ class Session(Observer):
             return
         history = self.model.history.history if self.model.history else {}
         summary = {
-            "metrics": {name: values[-1] for name, values in history.items() if values},
+            "metrics": files.numbers({name: values[-1] for name, values in history.items() if values}),
             "steps": self.updates,
             "epochs": self._loop.position.epoch,
             "seconds": self._seconds(),
@@ -381,14 +418,36 @@ class Session(Observer):
 
 
 def make_state(model, loop, source):
-    """Makes the state that the user's own `train_step` would make: an optimizer's moments, to be saved and restored."""
-    if reproducibility.unbuilt_optimizers(model):
+    """Makes the state that the user's own `train_step` would make, to be saved and restored: an optimizer's moments,
+    a metric's sums."""
+    if reproducibility.unbuilt_optimizers(model) or reproducibility.unbuilt_metrics(model):
         with refusing_watches():
             loop.build_optimizers(source)
-    if left := reproducibility.unbuilt_optimizers(model):
+    left = reproducibility.unbuilt_optimizers(model)
+    if left and loop.trace(source) is None:  # what a trace did not build no step uses
         logging.warning(
             "Not built before the first step, so not saved: %s. Build it in __init__: optimizer.build(variables).",
             ", ".join(left),
+        )
+
+
+def unowned(program, known):
+    """`name -> variable` for what a traced step writes to and no layer holds: variables that functions close over, or
+    TensorFlow's own, such as that of `tf.random.get_global_generator()`."""
+    if program is None:
+        return {}
+    handles = {id(copy.handle) for variable in known.values() for copy in replicas.copies(variable)}
+    found = [variable for variable in program.changed if id(variable.handle) not in handles]
+    return {f"process/variables/{index}": variable for index, variable in enumerate(found)}
+
+
+def warn_of_hidden_state(program):
+    hidden = sorted(tuner.HIDDEN_STATE.intersection(program.operations)) if program is not None else []
+    if hidden:
+        logging.warning(
+            "The step holds %s (`tf.random.normal` and its like), whose state cannot be saved: after a resume other "
+            "numbers are drawn. Use keras.random with a SeedGenerator, or a tf.random.Generator, that the model holds.",
+            ", ".join(hidden),
         )
 
 
