@@ -150,7 +150,7 @@ class Model(Adding, keras.Model):
             pattern: `fnmatch` pattern of names. A bare `*` means layer outputs and tags; begin with
                 `gradients/`, `weights/`, `updates/` or `losses/` for those.
             statistic: one of `mean rms norm min max std abs_mean zeros nonfinite histogram`, or a registered one.
-            every: int, computed in steps 0, every, 2 * every, ...
+            every: int, computed in steps 0, every, 2 * every, ... of training; in evaluation in every step.
 
         Raises `ValueError` for an unknown statistic at once, and for a pattern without a match when the step is
         traced.

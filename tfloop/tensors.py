@@ -2,8 +2,9 @@
 
 Losses and metrics see this and nothing else: the batch (`x`, `y`, `sample_weight`), the prediction
 (`y_pred`), each layer's output under its path (`encoder/attention`), what `tag` named, `losses/...`,
-`weights/...`, and after the backward pass `gradients/...` and `updates/...`. Recording costs nothing
-in a graph: a tensor that nobody asks for is pruned with the operations that only it needed.
+`weights/...`, and after the backward pass `gradients/...` and `updates/...`. The names of the batch are
+the batch's, whatever layers are called: the output of a layer `y` is `y:1`. Recording costs nothing in
+a graph: a tensor that nobody asks for is pruned with the operations that only it needed.
 """
 
 import collections.abc
