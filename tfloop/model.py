@@ -375,6 +375,8 @@ class Model(Adding, keras.Model):
         if optimizer is None:
             raise ValueError("minimize(): there is no optimizer. Give one to compile(optimizer=...), or to minimize.")
         variables = list(variables)
+        if not variables:
+            raise ValueError("minimize(loss, variables): there are no variables. Is the network built that has them?")
         if callable(loss):
             with tf.GradientTape() as tape:
                 loss = loss()

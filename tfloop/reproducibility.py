@@ -183,7 +183,7 @@ def metric_variables(model):
 
 
 def _metrics(model):
-    return list(_numbered(getattr(model, "_every_metric", lambda: model.metrics)()))
+    return list(_numbered(getattr(model, "_tfloop_every_metric", lambda: model.metrics)()))
 
 
 def process_variables(create=False):

@@ -16,6 +16,7 @@ class ModelSteps:
         self.model = model
         self._ran = set()
         self._built_by = set()  # kinds of steps of the user's own
+        self._failed = {}  # kind -> why such a step could not be made before the model was built
 
     def run(self, kind, batch, compiled=False):
         """One step, run or traced, `compiled` by XLA or not. A first eager step that fails changes no variable."""
@@ -42,7 +43,7 @@ class ModelSteps:
 
     @contextlib.contextmanager
     def stepping_first(self, kind):
-        """While such a step is made or traced."""
+        """While such a step is made or traced. If it cannot be, it may yet when the model is built by a call."""
         averages, self.model.__dict__["_tfloop_averages"] = self.model._tfloop_averages, []  # they need variables
         changes = contextlib.ExitStack()
         if self.eager:
@@ -51,6 +52,8 @@ class ModelSteps:
         try:
             with changes, self.model.distribute_strategy.scope():
                 yield
+        except Exception as error:
+            self._failed[kind] = error
         finally:
             self.model.__dict__["_tfloop_averages"] = averages
         self._built_by.add(kind)
@@ -60,7 +63,12 @@ class ModelSteps:
         model = self.model
         replicas.check(model)
         with model.distribute_strategy.scope():
-            self._build(model, batch, kind)
+            try:
+                self._build(model, batch, kind)
+            except Exception:
+                if kind in self._failed:
+                    raise self._failed[kind] from None
+                raise
         replicas.check_variables(model)
         self._count_updates()
 
@@ -80,7 +88,8 @@ class ModelSteps:
 
     def _is_called(self, kind):
         """Whether the model is called with a batch's `x`. What a step of the user's own does, only that step knows."""
-        return type(self.model).call is not keras.Model.call and not self.model._tfloop_has_own_step(kind)
+        known = not self.model._tfloop_has_own_step(kind) or kind in self._failed
+        return known and type(self.model).call is not keras.Model.call
 
     @contextlib.contextmanager
     def _taken_back(self, really=True):
@@ -133,12 +142,7 @@ class ModelSteps:
     @property
     def version(self):
         """Changes with whatever makes a step another one: terms, parametrisations, averages."""
-        return (
-            *terms.versions(self.model),
-            *map(id, self.model._tfloop_averages),
-            self.guarded,
-            self.model._tfloop_measures_each_step,
-        )
+        return (*terms.versions(self.model), *map(id, self.model._tfloop_averages), self.guarded)
 
     @property
     def differs_when_compiled(self):

@@ -89,6 +89,8 @@ def described(value):
     if isinstance(value, tuple(files.PLAIN)):
         return value
     if isinstance(value, dict):
+        if "class_name" in value and isinstance(value.get("config"), dict):  # an object within another's config
+            value = {**value, "config": {k: v for k, v in value["config"].items() if k != "name"}}
         return {str(key): described(item) for key, item in value.items()}
     if isinstance(value, set | frozenset):
         return sorted(map(described, value))
