@@ -10,7 +10,7 @@ from tfloop.runs import flags, workdir
 from tfloop.runs.checkpoint import Checkpoints, ReadOnly
 from tfloop.runs.errors import Refused
 from tfloop.runs.sentry import MOST_ROLLBACKS, NonFiniteError, RolledBack
-from tfloop.runs.session import Session
+from tfloop.runs.session import Session, refusing_watches
 from tfloop.runs.signals import Stop
 
 ON_NAN = ("stop", "skip", "rollback", "ignore")
@@ -126,7 +126,7 @@ class Run:
         for _ in range(MOST_ROLLBACKS + 1):
             self._session = Session(self, self._place, self._checkpoints(), stop, arguments, skipped)
             try:
-                with self._session:
+                with self._session, refusing_watches():
                     model.fit(x, y, callbacks=[*callbacks, self._session], **arguments)
                 return
             except Refused:
