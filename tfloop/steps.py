@@ -37,9 +37,10 @@ class ModelSteps:
     def steps_first(self, kind):
         """Whether a step has to be made, and taken back, or traced, to build the model.
 
-        Only a user's own step knows what it calls the layers with.
+        Only a user's own step knows what it calls the layers with. On several devices variables are not made in a step.
         """
-        return self.model._tfloop_has_own_step(kind) and not _keras.is_built(self.model) and kind not in self._built_by
+        own = self.model._tfloop_has_own_step(kind) and not self.replicated
+        return own and not _keras.is_built(self.model) and kind not in self._built_by
 
     @contextlib.contextmanager
     def stepping_first(self, kind):
@@ -88,7 +89,7 @@ class ModelSteps:
 
     def _is_called(self, kind):
         """Whether the model is called with a batch's `x`. What a step of the user's own does, only that step knows."""
-        known = not self.model._tfloop_has_own_step(kind) or kind in self._failed
+        known = not self.model._tfloop_has_own_step(kind) or kind in self._failed or self.replicated
         return known and type(self.model).call is not keras.Model.call
 
     @contextlib.contextmanager
@@ -98,7 +99,7 @@ class ModelSteps:
             yield
             return
         variables = {**reproducibility.state_variables(self.model), **reproducibility.metric_variables(self.model)}
-        variables |= reproducibility.process_variables()
+        variables |= reproducibility.process_variables(create=True)
         before = reproducibility.snapshot(variables)
         try:
             yield

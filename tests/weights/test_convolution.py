@@ -1,5 +1,6 @@
 """The exact norm of a convolution against the SVD of its explicit matrix."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -60,6 +61,7 @@ def test_the_norm_of_the_reshaped_kernel_is_another():
 
 
 def test_both_kernels_of_a_separable_convolution():
+    keras.utils.set_random_seed(0)
     layer = weights.Parametrized(
         layers.SeparableConv2D(4, 3, strides=2), {"*wise_kernel": weights.SpectralNorm(exact_conv=True)}
     )
@@ -74,6 +76,7 @@ def test_both_kernels_of_a_separable_convolution():
 
 
 def test_it_follows_in_training_and_its_gradient_is_orthogonal():
+    keras.utils.set_random_seed(0)
     layer = weights.Parametrized(
         layers.Conv2D(3, 3, padding="same"), {"kernel": weights.SpectralNorm(exact_conv=True, iterations=2)}
     )
