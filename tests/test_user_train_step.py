@@ -836,56 +836,47 @@ def pairs(base):
     return Pairs(), {"a": (X, X[:, ::-1].copy()), "y": Y[:, :1], "w": np.ones((len(X), 1), "float32"), "rest": X}
 
 
-def quadruples(base):
-    class Quadruples(base):
-        def __init__(self):
-            super().__init__()
-            self.dense = layers.Dense(1, kernel_initializer="ones")
+def adapting(adapt, data):
+    """A model whose steps make `(x, y)` of the batch and leave the rest to Keras."""
 
-        def call(self, x):
-            return self.dense(x)
+    def make(base):
+        class Adapting(base):
+            def __init__(self):
+                super().__init__()
+                self.dense = layers.Dense(1, kernel_initializer="ones")
 
-        def train_step(self, data):
-            a, b, c, d = data
-            return super().train_step((ops.concatenate([a, b], -1), c + 0 * d))
+            def call(self, x):
+                return self.dense(x)
 
-        def test_step(self, data):
-            a, b, c, d = data
-            return super().test_step((ops.concatenate([a, b], -1), c + 0 * d))
+            def train_step(self, data):
+                return super().train_step(adapt(*data))
 
-    return Quadruples(), (X, X, Y[:, :1], Y[:, :1])
+            def test_step(self, data):
+                return super().test_step(adapt(*data))
+
+        return Adapting(), data
+
+    return make
 
 
-def reshaping(base):
-    class Reshaping(base):
-        def __init__(self):
-            super().__init__()
-            self.dense = layers.Dense(1, kernel_initializer="ones")
-
-        def call(self, x):
-            return self.dense(x)
-
-        def train_step(self, data):
-            x, y = data[:2]  # train_on_batch gives sample weights too, if only None
-            return super().train_step((ops.repeat(x, 2, -1), y))
-
-        def test_step(self, data):
-            x, y = data[:2]  # train_on_batch gives sample weights too, if only None
-            return super().test_step((ops.repeat(x, 2, -1), y))
-
-    return Reshaping(), (X, Y[:, :1])
+KINDS = {
+    "triplets": triplets,
+    "a dict": pairs,
+    "four parts": adapting(lambda a, b, c, d: (ops.concatenate([a, b], -1), c + 0 * d), (X, X, Y[:, :1], Y[:, :1])),
+    "reshaped": adapting(lambda x, y, _=None: (ops.repeat(x, 2, -1), y), (X, Y[:, :1])),
+}
+# `train_on_batch` takes x, y and sample weights.
+FIRST = [(kind, first) for kind in KINDS for first in ("fit", "evaluate")]
+FIRST += [(kind, "train_on_batch") for kind in ("triplets", "reshaped")]
 
 
 @some_modes
-@pytest.mark.parametrize("first", ["fit", "evaluate", "train_on_batch"])
-@pytest.mark.parametrize("make", [triplets, pairs, quadruples, reshaping])
-def test_only_a_step_of_one_s_own_knows_what_it_calls_the_model_with(make, first, mode):
+@pytest.mark.parametrize(("kind", "first"), FIRST)
+def test_only_a_step_of_one_s_own_knows_what_it_calls_the_model_with(kind, first, mode):
     """A model that is not built is built by that step, as in Keras; and what that step did is taken back."""
-    if first == "train_on_batch" and make in (quadruples, pairs):
-        pytest.skip("train_on_batch takes x, y and sample weights")
     found = []
     for base in (keras.Model, tfloop.Model):
-        model, data = make(base)
+        model, data = KINDS[kind](base)
         model.compile(keras.optimizers.Adam(0.01), "mse", **(mode if base is tfloop.Model else {}))
         dataset = tf.data.Dataset.from_tensor_slices(data).batch(len(X))
         logs = []

@@ -10,6 +10,7 @@ import tensorflow as tf
 import tfloop
 from tfloop.loop import replay
 from tfloop.loop.accumulation import accumulated
+from tfloop.loop.feed import batches_of
 from tfloop.loop.replay import FIXED, RESHUFFLES, UNKNOWN, count_through
 from tfloop.loop.source import make_source
 
@@ -97,18 +98,7 @@ STREAMS = {
 
 def batches(feeder):
     """The first numbers of all batches that a feeder has left."""
-    found = []
-    while (feed := feeder.take(1)) is not None:
-        if feed.kind == "iterator":
-            batch = feed.args[0].get_next_as_optional()
-            there = bool(batch.has_value())
-            feeder.took(int(there), 1)
-            if not there:
-                break
-            found.append(batch.get_value())
-        else:
-            found.append(feed.args[0][0])
-    return [np.asarray(b).ravel().tolist() for b in found]
+    return [np.asarray(keras.tree.flatten(batch)[0]).ravel().tolist() for batch in batches_of(feeder)]
 
 
 def opened(stream, accumulate, sampled):

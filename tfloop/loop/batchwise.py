@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tfloop import names
 from tfloop.loop import source as sources
-from tfloop.loop.feed import batch_of, flat, packed, spec_of
+from tfloop.loop.feed import batch_of, batches_of, flat, packed, spec_of
 from tfloop.loop.hooks import Hooks
 from tfloop.loop.record import Aggregate
 from tfloop.progress import Progress
@@ -59,7 +59,7 @@ class Batchwise:
         outputs = []
         hooks.on_predict_begin()
         with self._runner.unchanging():
-            for i, batch in enumerate(batches(source)):
+            for i, batch in enumerate(batches_of(source.feeder(0))):
                 hooks.on_predict_batch_begin(i)
                 outputs.append(self._runner.predict(spec_of(batch), flat(batch), self._steps.eager))
                 hooks.on_predict_batch_end(i, {"outputs": outputs[-1]})
@@ -86,21 +86,6 @@ def first_batch(source):
     feed = source.sample(1, 1)
     tensors = flat(feed.args[0].get_next()) if feed.kind == "iterator" else batch_of(feed.kind, feed.args, 0)
     return packed(feed.spec, tensors)
-
-
-def batches(source):
-    """The batches of a source's first epoch, one by one, as host arrays or tensors."""
-    feeder = source.feeder(0)
-    while (feed := feeder.take(1)) is not None:
-        if feed.kind == "iterator":
-            batch = feed.args[0].get_next_as_optional()
-            more = bool(batch.has_value())
-            feeder.took(int(more), 1)
-            if not more:
-                return
-            yield batch.get_value()
-        else:
-            yield packed(feed.spec, batch_of(feed.kind, feed.args, 0))
 
 
 def concatenated(parts):

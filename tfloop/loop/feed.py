@@ -53,6 +53,20 @@ def batch_of(kind, args, i):
     raise ValueError(kind)
 
 
+def batches_of(feeder):
+    """The batches that a feeder has left, one by one, as host arrays or tensors."""
+    while (feed := feeder.take(1)) is not None:
+        if feed.kind == "iterator":
+            batch = feed.args[0].get_next_as_optional()
+            there = bool(batch.has_value())
+            feeder.took(int(there), 1)
+            if not there:
+                return
+            yield batch.get_value()
+        else:
+            yield packed(feed.spec, batch_of(feed.kind, feed.args, 0))
+
+
 def flat(structure):
     """The tensors of a batch in order, without the places that hold `None`."""
     return [leaf for leaf in tf.nest.flatten(structure) if leaf is not None]

@@ -16,12 +16,12 @@ from tfloop.loop import tuner
 from tfloop.loop.accumulation import accumulated
 from tfloop.loop.batchwise import Batchwise, first_batch
 from tfloop.loop.engine import COMPILED, Runner, untouched
-from tfloop.loop.feed import warn_ran_out
+from tfloop.loop.feed import batches_of, warn_ran_out
 from tfloop.loop.hooks import Hooks
 from tfloop.loop.keeper import Keeper
 from tfloop.loop.observer import Observer, Position, observer_of
 from tfloop.loop.pace import Pace
-from tfloop.loop.replay import count_through, discard, was_read
+from tfloop.loop.replay import count_through, was_read
 from tfloop.progress import Progress
 
 VALIDATION = {"title": "validation", "transient": True}  # how the bar of a validation within an epoch looks
@@ -249,7 +249,7 @@ class Loop:
 
     def _take(self, feeder, position, observer, pace, team):
         """The next feed, behind the batches that the observer leaves out."""
-        while observer.leaves_out(position) and discard(feeder):
+        while observer.leaves_out(position) and next(batches_of(feeder), None) is not None:
             position.batch += 1
         return feeder.take(*team.told(observer.limit(pace.next())))
 

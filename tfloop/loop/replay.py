@@ -11,6 +11,7 @@ import weakref
 from absl import logging
 
 from tfloop import _keras
+from tfloop.loop.feed import batches_of
 
 FIXED, RESHUFFLES, UNKNOWN = "fixed", "reshuffles", "unknown"
 
@@ -57,8 +58,7 @@ def count_through(source, epochs):
         warnings.simplefilter("ignore")  # of data that end early: they did so before, too
         for epoch in epochs:
             if not source.skip_epoch(epoch):
-                feeder = source.feeder(epoch)
-                while discard(feeder):
+                for _ in batches_of(source.feeder(epoch)):
                     pass
 
 
@@ -73,13 +73,3 @@ def was_read(data):
     except TypeError:  # it cannot be referred to weakly
         return False
     return before
-
-
-def discard(feeder):
-    """Leaves the next batch out. Returns whether there was one."""
-    feed = feeder.take(1)
-    if feed is None or feed.kind != "iterator":
-        return feed is not None
-    there = bool(feed.args[0].get_next_as_optional().has_value())
-    feeder.took(int(there), 1)
-    return there

@@ -11,8 +11,8 @@ import tensorflow as tf
 
 from tfloop import reproducibility
 from tfloop.averaging import WeightAverage
-from tfloop.loop import batchwise
 from tfloop.loop import source as sources
+from tfloop.loop.feed import batches_of
 from tfloop.loop.observer import Observer
 from tfloop.runs.sentry import leaves, replayed
 from tfloop.runs.session import make_state
@@ -64,7 +64,7 @@ def _recorded(source, count, arguments):
     """`(x, y, arguments)` of a fit that reads the first `count` batches of a stream, each time the same."""
     given = "sample_weight", "batch_size", "class_weight", "shuffle", "steps_per_epoch"
     kept = {name: value for name, value in arguments.items() if name not in given}
-    return Recorded(itertools.islice(batchwise.batches(source), count)), None, kept
+    return Recorded(itertools.islice(batches_of(source.feeder(0)), count)), None, kept
 
 
 class Recorded:
@@ -116,7 +116,7 @@ def one_batch(x, y, arguments):
         arguments.pop(name, None)
     weight = arguments.pop("sample_weight", None)
     source = sources.make_source(x, y, weight, batch_size, steps, goes_on=True)
-    batch = next(iter(batchwise.batches(source)))
+    batch = next(batches_of(source.feeder(0)))
     x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
     size = sources.common_length(batch)
     one = {"batch_size": size, "shuffle": False, "sample_weight": weight, "steps_per_epoch": source.steps or 100}
@@ -126,7 +126,7 @@ def one_batch(x, y, arguments):
 def dry_run(model, x, y, **arguments):
     """Yields lines about the data, the model and one step, which is taken back."""
     source = build(model, x, y, arguments)
-    batch = next(iter(batchwise.batches(source)))
+    batch = next(batches_of(source.feeder(0)))
     of_batch = list(leaves(batch))
     yield f"{source.steps or 'unknown'} steps an epoch, {arguments.get('epochs', 1)} epochs. The first batch:"
     yield from table((name, *_described(leaf)) for name, leaf in of_batch)
