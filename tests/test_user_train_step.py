@@ -791,6 +791,7 @@ def triplets(base):
         def __init__(self):
             super().__init__()
             self.dense = layers.Dense(2, kernel_initializer="ones")
+            self.made = keras.Variable(0.0, trainable=False, name="made")
 
         def call(self, inputs):
             anchor, positive, negative = (self.dense(x) for x in inputs)
@@ -800,6 +801,7 @@ def triplets(base):
             return ops.mean(ops.maximum(self(data) + 0.5, 0.0))
 
         def train_step(self, data):
+            self.made.assign_add(1.0)
             with tf.GradientTape() as tape:
                 loss = self.distance(data)
             gradients = tape.gradient(loss, self.trainable_variables)
@@ -926,3 +928,41 @@ def test_a_metric_may_be_updated_after_its_result_was_taken(mode):
     assert history["target"] == pytest.approx([Y.mean()] * 2, rel=1e-5)
     assert_same_logs(updated_late, mode)
     assert history["val_target"] == pytest.approx([10 * Y.mean()] * 2, rel=1e-5)
+
+
+@some_modes
+def test_a_model_that_only_its_step_builds_is_watched_and_averaged(mode):
+    model, data = triplets(tfloop.Model)
+    model.compile(keras.optimizers.SGD(0.1), **mode)
+    model.watch("gradients/dense/kernel", "norm")
+    average = tfloop.WeightAverage()
+    dataset = tf.data.Dataset.from_tensor_slices(data).batch(len(X))
+    logs = model.fit(dataset, epochs=3, verbose=0, callbacks=[average]).history
+    assert len(logs["gradients/dense/kernel/norm"]) == 3 and int(average.count.numpy()) == 3
+    assert float(model.made.numpy()) == 3
+
+
+@some_modes
+def test_variables_that_a_step_takes_before_it_calls_the_model_are_trained(mode):
+    class Early(tfloop.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(1, kernel_initializer="ones")
+
+        def call(self, x):
+            return self.dense(x)
+
+        def train_step(self, data):
+            x, y = data
+            variables = self.trainable_variables
+            with tf.GradientTape() as tape:
+                loss = ops.mean((self(x, training=True) - y) ** 2)
+            self.minimize(loss, variables, tape=tape)
+            return {"loss": loss}
+
+    model = Early()
+    model.compile(keras.optimizers.SGD(0.1), **mode)
+    model.fit(X, Y[:, :1], batch_size=len(X), verbose=0)
+    residual = X.sum(1, keepdims=True) - Y[:, :1]
+    expected = 1 - 0.1 * 2 * np.mean(X * residual, 0, keepdims=True).T
+    np.testing.assert_allclose(model.dense.kernel, expected, rtol=1e-5)

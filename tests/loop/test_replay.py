@@ -180,6 +180,22 @@ def test_the_validation_goes_on_where_it_was_after_a_resume(kind, tmp_path):
     assert len(histories[0]) == 2
 
 
+@pytest.mark.parametrize("stream", ["shuffled", "generator"])
+def test_a_run_that_begins_in_a_later_epoch_goes_on_where_it_was(stream, tmp_path):
+    histories = []
+    for stops, folder in (([5], "whole"), ([4, 5], "parts")):
+        for epochs in stops:
+            tfloop.set_seed(1)
+            model = Remembering()
+            model.compile(keras.optimizers.SGD(1e-3), "mse", jit_compile=False)
+            data, steps = STREAMS[stream]()
+            pairs = data.map(lambda x: (x, x)) if stream == "shuffled" else ((b, b) for b in data)
+            run = tfloop.Run(tmp_path / folder, seed=1, log=())
+            run.fit(model, pairs, initial_epoch=2, epochs=epochs, steps_per_epoch=steps, verbose=0)
+        histories.append(run.history.history["loss"])
+    assert histories[0] == histories[1] and len(histories[0]) == 3
+
+
 def test_each_validation_of_so_many_steps_begins_anew():
     model = Remembering()
     model.compile(keras.optimizers.SGD(0.0), "mse")

@@ -278,12 +278,12 @@ SWAP = functools.partial(keras.callbacks.SwapEMAWeights, swap_on_epoch=True)
 
 
 @pytest.mark.parametrize("make, kind", [(model, Slower), (model, Scheduled), (average, SWAP)])
-@pytest.mark.parametrize("at", [5, 7])
-def test_subclasses_of_keras_callbacks_go_on_with_what_they_add(tmp_path, make, kind, at, caplog):
+@pytest.mark.parametrize("ends", [StopAt(5), StopAt(7), Fails("on_epoch_begin", 2)], ids=["5", "7", "between epochs"])
+def test_keras_callbacks_and_subclasses_go_on_with_what_they_keep(tmp_path, make, kind, ends, caplog):
     given = {"validation_data": (X[:8], Y[:8]), "make": make}
     _, whole, expected = fit(tmp_path / "whole", 4, callbacks=[kind()], **given)
     with pytest.raises(InterruptedError):
-        fit(tmp_path / "run", 4, callbacks=[kind(), StopAt(at)], **given)
+        fit(tmp_path / "run", 4, callbacks=[kind(), ends], **given)
     _, resumed, found = fit(tmp_path / "run", 4, callbacks=[kind()], **given)
     assert found.history == expected.history
     assert tfloop.fingerprint(resumed) == tfloop.fingerprint(whole)
@@ -460,10 +460,13 @@ class LazyMetrics(tfloop.Model):
         return {"f1": self.f1.result(), "mae": self.mae.result()}
 
 
+@pytest.mark.parametrize("built", [False, True])
 @pytest.mark.parametrize("how", [{"jit_compile": False}, {"run_eagerly": True}], ids=["graph", "eager"])
-def test_every_metric_goes_on_within_the_epoch(tmp_path, how):
+def test_every_metric_goes_on_within_the_epoch(tmp_path, how, built):
     def make():
         made = LazyMetrics()
+        if built:
+            made(X)
         made.compile(keras.optimizers.SGD(0.1), **how)
         return made
 
