@@ -943,7 +943,8 @@ def test_a_model_that_only_its_step_builds_is_watched_and_averaged(mode):
 
 
 @some_modes
-def test_variables_that_a_step_takes_before_it_calls_the_model_are_trained(mode):
+@pytest.mark.parametrize("by", ["minimize", "apply"])
+def test_variables_that_a_step_takes_before_it_calls_the_model_are_trained(by, mode):
     class Early(tfloop.Model):
         def __init__(self):
             super().__init__()
@@ -957,7 +958,10 @@ def test_variables_that_a_step_takes_before_it_calls_the_model_are_trained(mode)
             variables = self.trainable_variables
             with tf.GradientTape() as tape:
                 loss = ops.mean((self(x, training=True) - y) ** 2)
-            self.minimize(loss, variables, tape=tape)
+            if by == "minimize":
+                self.minimize(loss, variables, tape=tape)
+            else:
+                self.optimizer.apply(tape.gradient(loss, variables), variables)
             return {"loss": loss}
 
     model = Early()

@@ -487,7 +487,7 @@ def observing_applies(observer, gate=None):
         def apply(optimizer, grads, trainable_variables=None):
             observers, _thread.apply_observers = getattr(_thread, "apply_observers", ()), ()
             try:
-                for told, opened in reversed(observers):  # the innermost hears first
+                for told, opened in observers:
                     grads = grads if opened is None else opened(optimizer, grads, trainable_variables)
                     if grads is None:
                         return None

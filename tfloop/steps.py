@@ -123,7 +123,7 @@ class ModelSteps:
     @staticmethod
     def _only_build(optimizer, gradients, variables):
         """In the place of an update: builds the optimizer, and leaves no gradients to apply."""
-        if not optimizer.built:
+        if not optimizer.built and variables:
             optimizer.build(variables)
 
     def build_for_prediction(self, batch):
