@@ -142,8 +142,9 @@ class ModelSteps:
 
     @property
     def version(self):
-        """Changes with whatever makes a step another one: terms, parametrisations, averages."""
-        return (*terms.versions(self.model), *map(id, self.model._tfloop_averages), self.guarded)
+        """Changes with whatever makes a step another one: terms, parametrisations, averages, what it has to say."""
+        told = self.guarded, self.model._tfloop_measures_each_step
+        return (*terms.versions(self.model), *map(id, self.model._tfloop_averages), *told)
 
     @property
     def differs_when_compiled(self):

@@ -284,8 +284,8 @@ class Runner:
         """Makes all variables that steps need. `first()` gives a batch, for what cannot be built from its specs."""
         steps = self._steps
         if steps.steps_first(kind):
-            program = Program(steps, kind, spec)  # not kept: a step may train only what was there when it began
             with steps.stepping_first(kind):
+                program = self.program(kind, spec)  # a trace that made variables TensorFlow makes again with them
                 program.run_eagerly(as_tensors(flat(first()))) if steps.eager else program.step
         steps.build(first() if steps.needs_batch(kind) else spec, kind)
 
