@@ -656,7 +656,9 @@ class Model(Adding, keras.Model):
     ):
         """Trains the model. Arguments and result as in `keras.Model.fit`.
 
-        The order of shuffled arrays is a function of the seed (`tfloop.set_seed`) and the epoch.
+        The order of shuffled arrays is a function of the seed (`tfloop.set_seed`) and the epoch. With `steps_per_epoch`
+        an epoch begins in the data where the last ended, and arrays begin anew within it. A generator that is used up
+        ends the training with a warning.
 
         Returns a `keras.callbacks.History`.
         """

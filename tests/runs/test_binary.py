@@ -10,6 +10,7 @@ import pytest
 from saver import REPOSITORY
 
 from tfloop.runs import binary
+from tfloop.runs.errors import Refused
 
 
 def classifier(folder, *flags, status=0):
@@ -129,3 +130,9 @@ def test_the_learning_rate_is_that_of_the_optimizer_within_a_loss_scale():
     assert float(scaled.inner_optimizer.learning_rate) == pytest.approx(0.02)
     schedule = keras.optimizers.schedules.CosineDecay(0.1, 10)
     binary._set_learning_rate(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(schedule)), 0.02)
+
+
+def test_a_learning_rate_for_several_optimizers_is_refused():
+    several = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1)))
+    with pytest.raises(Refused, match="MultiOptimizer"):
+        binary._set_learning_rate(several, 0.02)

@@ -239,7 +239,12 @@ def named(flag, name):
 def _set_learning_rate(optimizer, rate):
     """A binary that does not read `--learning_rate` obeys it all the same; a schedule is its own affair."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # a loss scale has no rate of its own
-    if isinstance(optimizer._learning_rate, keras.Variable):
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        raise Refused(
+            f"--learning_rate={rate}: the model has a MultiOptimizer, whose optimizers have rates of their own. Read "
+            "the flag where they are made."
+        )
+    with contextlib.suppress(TypeError):  # of a schedule
         optimizer.learning_rate = rate
 
 
