@@ -14,6 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
@@ -92,6 +93,25 @@ def test_arrays_that_are_views_come_back_in_their_order(tmp_path):
     value = np.arange(12.0).reshape(3, 4).T[::2]
     Checkpoints(tmp_path).save(1, {"w": value}, {}, wait=True, copy=False)
     np.testing.assert_array_equal(Checkpoints(tmp_path).restore_latest().tensors["w"], value)
+
+
+def test_the_library_reads_the_file(tmp_path):
+    tensors = {
+        "flag": np.array([True]),
+        "half": np.arange(3, dtype=np.float16),
+        "w": np.arange(6.0).reshape(2, 3),
+        "big-endian": np.arange(4, dtype=">i4"),
+        "none": np.zeros((0, 3), np.float32),
+        "step": np.int64(7),
+    }
+    Checkpoints(tmp_path).save(1, tensors, {}, wait=True)
+    path = tmp_path / "step-0000000001" / checkpoint_file.TENSORS
+    loaded = safetensors.numpy.load_file(path)
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(loaded[name], tensor)
+    header = json.loads(path.read_bytes()[8:].partition(b"}}")[0] + b"}}")
+    assert all(entry["data_offsets"][0] % loaded[name].itemsize == 0 for name, entry in header.items())
 
 
 def test_the_state_is_copied_out_before_save_returns(tmp_path):

@@ -32,11 +32,15 @@ FORMAT = 1
 LARGEST_MANIFEST = 64 * 2**20
 BLOCK = 2**20
 
-NUMPY_DTYPES = (
-    *("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
-    *("float16", "float32", "float64", "complex64"),
-)
-ML_DTYPES = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
+# What the format calls the dtypes that it holds: those of NumPy, and those of ml_dtypes.
+NUMPY_DTYPES = {
+    "bool": "BOOL",
+    **{f"{kind}int{bits}": f"{kind.upper() or 'I'}{bits}" for kind in ("", "u") for bits in (8, 16, 32, 64)},
+    **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
+    "complex64": "C64",
+}
+ML_DTYPES = {"bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+DTYPES = NUMPY_DTYPES | ML_DTYPES
 
 _NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
 
@@ -90,7 +94,7 @@ def checked(tensors):
     """`tensors` as arrays; `TypeError` if one is of a dtype that cannot be saved."""
     arrays = {name: np.asarray(value) for name, value in tensors.items()}
     for name, array in arrays.items():
-        if _name_of(array.dtype) not in NUMPY_DTYPES + ML_DTYPES:
+        if _name_of(array.dtype) not in DTYPES:
             raise TypeError(f"A checkpoint cannot hold {name!r} of dtype {array.dtype}.")
     return arrays
 
@@ -103,20 +107,24 @@ def write(folder, step, tensors, manifest, metrics, at):
 
     `manifest`: JSON, as `to_json` makes it. `at(point)` is for tests.
     """
-    import safetensors.numpy
-
-    data = safetensors.numpy.save({n: np.asarray(t, order="C") for n, t in tensors.items()})
+    # The largest items first: each tensor begins at a multiple of its item's size.
+    ordered = dict(sorted(tensors.items(), key=lambda named: -named[1].dtype.itemsize))
+    data = {name: _bytes(tensor) for name, tensor in ordered.items()}
+    parts = [_header(ordered, data), *data.values()]
+    digest = hashlib.sha256()
     with open(folder / TENSORS, "wb") as file:
-        file.write(data[: len(data) // 2])
-        at("half of the tensors")
-        file.write(data[len(data) // 2 :])
+        for index, part in enumerate(parts):
+            if index == len(parts) // 2:
+                at("half of the tensors")
+            digest.update(part)
+            file.write(part)
         files.flush_file(file)
     at("tensors")
     content = {
         "format": FORMAT,
         "step": step,
         "metrics": files.encoded(metrics),
-        "files": {TENSORS: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}},
+        "files": {TENSORS: {"size": sum(map(len, parts)), "sha256": digest.hexdigest()}},
         "tensors": {name: spec(tensor) for name, tensor in tensors.items()},
     }
     text = f'{json.dumps(content, allow_nan=False)[:-1]}, "manifest": {manifest}}}'
@@ -128,6 +136,24 @@ def write(folder, step, tensors, manifest, metrics, at):
     at("manifest")
     files.flush_folder(folder)
     at("folder")
+
+
+def _bytes(tensor):
+    """The bytes of an array, little-endian, without a copy where it has them so."""
+    return np.asarray(tensor, tensor.dtype.newbyteorder("<"), order="C").reshape(-1).view(np.uint8)
+
+
+def _header(tensors, data):
+    """What stands before the tensors' bytes: the library's own writer holds all of them twice in memory."""
+    entries, start = {}, 0
+    for name, tensor in tensors.items():
+        end = start + len(data[name])
+        code = DTYPES[_name_of(tensor.dtype)]
+        entries[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
 
 
 def _sha256(text):
@@ -184,7 +210,7 @@ def _content(text, folder_name):
 
 def _spec(name, dtype, shape):
     sizes_are_counts = all(type(size) is int and size >= 0 for size in shape)
-    if dtype not in NUMPY_DTYPES + ML_DTYPES or not sizes_are_counts:
+    if dtype not in DTYPES or not sizes_are_counts:
         raise Damaged(f"{name!r} is declared as {dtype!r} {shape!r}")
     return Spec(dtype, tuple(shape))
 
