@@ -141,3 +141,15 @@ def test_no_code_of_a_keras_file_is_run(tmp_path):
     same = keras.Sequential([keras.Input((3,)), layers.Lambda(lambda x: x), layers.Dense(2)])
     average(same, [tmp_path / "code.keras"])  # load_model would refuse, or run the function
     np.testing.assert_array_equal(same.weights[0], model.weights[0])
+
+
+def test_a_model_whose_parts_alone_are_built_is_averaged():
+    class Parts(keras.Model):
+        def __init__(self, value):
+            super().__init__()
+            self.part = layers.Dense(2, kernel_initializer=keras.initializers.Constant(value))
+            self.part.build((None, 3))
+
+    target = Parts(0.0)
+    average(target, [Parts(3.0), Parts(1.0)])
+    np.testing.assert_array_equal(target.part.kernel, np.full((3, 2), 2.0))

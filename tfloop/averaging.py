@@ -72,7 +72,7 @@ class WeightAverage(keras.callbacks.Callback):
         """
         if getattr(model, "_tfloop_running_average", None) is not self:
             refuse_swapped(model)
-        if not model.built:
+        if not model.weights:
             raise ValueError(f"{model.name!r} has no weights yet: build it before averaging them.")
         weights = list(model.trainable_weights)
         if self.count is None or [id(w) for w in weights] != [id(w) for w in self._weights]:

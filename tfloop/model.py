@@ -385,7 +385,7 @@ class Model(Adding, keras.Model):
                 "minimize(loss, variables): a tensor needs the tape in which it was computed: minimize(loss, "
                 "variables, tape=tape). Or give a function that computes it."
             )
-        if not optimizer.built:
+        if not optimizer.built and not weights.are_waited_for(self):
             with tf.init_scope():
                 optimizer.build(variables)
         scale = _keras.loss_scale(optimizer)

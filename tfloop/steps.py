@@ -5,7 +5,7 @@ import contextlib
 import keras
 import tensorflow as tf
 
-from tfloop import _keras, names, operation, replicas, reproducibility, terms
+from tfloop import _keras, names, operation, replicas, reproducibility, terms, weights
 from tfloop.step import Step, running
 
 
@@ -49,6 +49,7 @@ class ModelSteps:
         changes = contextlib.ExitStack()
         if self.eager:
             changes.enter_context(self._taken_back())
+        if self.eager or weights.are_waited_for(self.model):
             changes.enter_context(_keras.observing_applies(lambda *_: None, self._only_build))
         try:
             with changes, self.model.distribute_strategy.scope():
@@ -77,8 +78,10 @@ class ModelSteps:
         with running(Step("build")), model._tfloop_trainable_as_compiled(), self._taken_back(self.needs_batch(kind)):
             if self._is_called(kind):
                 _keras.build(model, batch)
-            elif model.optimizer is not None and not model.optimizer.built and model.trainable_variables:
-                model.optimizer.build(model.trainable_variables)
+            else:
+                weights.apply_waiting(model)
+                if model.optimizer is not None and not model.optimizer.built and model.trainable_variables:
+                    model.optimizer.build(model.trainable_variables)
         with model._tfloop_trainable_as_compiled():
             for average in model._tfloop_averages:
                 average.build(model)
@@ -120,10 +123,9 @@ class ModelSteps:
         with self._taken_back(), _keras.observing_applies(lambda *_: None, self._only_build):
             self.run("train", batch)
 
-    @staticmethod
-    def _only_build(optimizer, gradients, variables):
-        """In the place of an update: builds the optimizer, and leaves no gradients to apply."""
-        if not optimizer.built and variables:
+    def _only_build(self, optimizer, gradients, variables):
+        """In the place of an update: builds the optimizer, if all weights are there. Leaves no gradients to apply."""
+        if not optimizer.built and variables and not weights.are_waited_for(self.model):
             optimizer.build(variables)
 
     def build_for_prediction(self, batch):

@@ -43,7 +43,7 @@ def average(model, sources):
     sources = list(sources)
     if not sources:
         raise ValueError("There is nothing to average: sources is empty.")
-    if not model.built:
+    if not model.weights:
         raise ValueError(f"{model.name!r} has no weights yet: build it before setting them.")
     floats = [keras.backend.is_float_dtype(w.dtype) for w in model.weights]
     sums = [np.zeros(w.shape, "float64") for w in model.weights]

@@ -175,3 +175,33 @@ def test_watching_sees_layers_and_no_parametrisations():
     model.compile("sgd", "mse")
     history = model.fit(data(16, 6), data(16, 3), verbose=0).history
     assert [name for name in history if name.endswith("/rms")] == ["hidden/rms", "out/rms"]
+
+
+@pytest.mark.parametrize("options", [{"run_eagerly": True}, {"jit_compile": False}, {"jit_compile": "loop"}], ids=str)
+@pytest.mark.parametrize("lazy", [True, False], ids=["built by the step", "built"])
+def test_a_model_that_is_never_called_is_parametrised(lazy, options):
+    class Parts(tfloop.Model):
+        def __init__(self):
+            super().__init__()
+            self.net = layers.Dense(4)
+            if not lazy:
+                self.net.build((None, 6))
+            self.own = keras.optimizers.SGD(0.1, momentum=0.9)
+
+        def train_step(self, x):
+            with tf.GradientTape() as tape:
+                loss = ops.mean(self.net(x) ** 2)
+            self.minimize(loss, self.trainable_variables, self.own, tape=tape)
+            return {"power": loss}
+
+    model, average = Parts(), tfloop.WeightAverage()
+    assert model.parametrize("net/kernel", [tfloop.WeightNorm(), tfloop.SpectralNorm()]) == ["net/kernel"] * (not lazy)
+    model.compile(**options)
+    model.fit(data(8, 6), epochs=2, verbose=0, callbacks=[average])
+    assert list(model.effective_weights()) == ["net/kernel"] and int(average.count.numpy()) == 2
+    assert len(model.trainable_variables) == 3 and len(model.own.variables) == 5  # two of its own
+    unknown = Parts()
+    unknown.parametrize("nat/kernel", tfloop.SpectralNorm())
+    unknown.compile(**options)
+    with pytest.raises(ValueError, match="no weight matches"):
+        unknown.fit(data(8, 6), verbose=0)

@@ -13,6 +13,8 @@ from tfloop.weights.max_norm import MaxNorm as MaxNorm
 from tfloop.weights.non_negative import NonNegative as NonNegative
 from tfloop.weights.orthogonal import Orthogonal as Orthogonal
 from tfloop.weights.parametrization import Parametrization as Parametrization
+from tfloop.weights.parametrize import apply_waiting as apply_waiting
+from tfloop.weights.parametrize import are_waited_for as are_waited_for
 from tfloop.weights.parametrize import effective_weights as effective_weights
 from tfloop.weights.parametrize import parametrization_config as parametrization_config
 from tfloop.weights.parametrize import parametrize as parametrize

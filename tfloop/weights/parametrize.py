@@ -24,9 +24,9 @@ def parametrize(model, pattern, parametrization):
         parametrization: a `Parametrization`, its name (`"spectral_norm"`), a function of a tensor, or a list
             of these, applied in order. A weight that is parametrised already gets it in addition, after that.
 
-    Returns the list of paths it matched. On a model that is not built it is applied when the model is, and
-    the list is empty. The model must be compiled, or its optimizer built, after it if the parametrisation
-    has trainable state.
+    Returns the list of paths it matched. On a model that is not built, nor all of its layers, it is applied when
+    the model is, or before its own `train_step` makes the first update, and the list is empty. The model must be
+    compiled, or its optimizer built, after it if the parametrisation has trainable state.
 
     Raises `ValueError` when nothing matches (on a model that is not built: when it is), with the weights
     there are, `TypeError` for a pattern that is no string, and what the parametrisation raises. The model
@@ -35,7 +35,7 @@ def parametrize(model, pattern, parametrization):
     if not isinstance(pattern, str):
         raise TypeError(f"parametrize({pattern!r}): expected one pattern, a string. Call it once for each.")
     given, entry = given_to(model), (pattern, tuple(get_list(parametrization)))
-    if not model.built:
+    if not (model.built or (has_built_layers(model) and matching(owned_weights(model), pattern))):
         if not given.waiting:
             apply_once_built(model)
         given.waiting.append(entry)
@@ -44,6 +44,12 @@ def parametrize(model, pattern, parametrization):
     found = apply(model, *entry)
     given.applied.append(entry)
     return found
+
+
+def has_built_layers(model):
+    """Whether all layers below are built: a model is not, itself, if its own `train_step` only calls its parts."""
+    below = [layer for _, layer in names.walk(model) if isinstance(layer, keras.layers.Layer) and layer is not model]
+    return all(layer.built for layer in below)
 
 
 class Given:
@@ -92,6 +98,11 @@ def enter_above(model, variables):
     for _, layer in names.walk(model):
         if isinstance(layer, keras.layers.Layer) and any(id(v) in wanted for v in layer.weights):
             enter_at(layer)
+
+
+def are_waited_for(model):
+    """Whether a parametrisation waits for the model's weights, and may add some of its own."""
+    return bool(given_to(model).waiting)
 
 
 def apply_waiting(model):
