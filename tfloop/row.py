@@ -214,6 +214,7 @@ def merged(rows):
         key, count = column.name + column.aggregation, count_of(column.name) + "count"
         having = [i for i, place in enumerate(places) if key in place]
         weights = tf.gather(sizes, having)[:, None]
+        weights = tf.where(tf.reduce_any(weights > 0), weights, 1)  # of batches that all repeat another replica's
         if all(count in places[i] for i in having):
             weights *= stacked(count, having)
         parts.append(over_batches(column, stacked(key, having), weights))

@@ -113,7 +113,10 @@ def clipped_globally():
 
 @scenario
 def accumulated():
-    return fitted(dense(accumulate=3, metrics=["accuracy"]), batch_size=5)
+    """The last update is of a batch of 23 and one of a single example."""
+    model = dense(accumulate=2, metrics=["accuracy"])
+    model.watch("gradients/*", "norm")
+    return fitted(model, batch_size=23)
 
 
 @scenario
