@@ -290,6 +290,18 @@ def test_fit_inside_averaged_is_refused():
     model = fitted([WeightAverage()])
     with averaged(model), pytest.raises(RuntimeError, match="averaged weights"):
         model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0, callbacks=[WeightAverage()])
+    with averaged(model), pytest.raises(RuntimeError, match="averaged weights"):
+        model.train_on_batch(np.ones((4, 3)), np.ones((4, 2)))
+
+
+def test_an_average_given_to_another_model_is_no_longer_the_first_one_s():
+    first, second = fitted([running := WeightAverage()]), fitted([running])
+    with pytest.raises(ValueError, match="no running average"), averaged(first):
+        pass
+    before = reproducibility.fingerprint(second)
+    with averaged(second), pytest.raises(RuntimeError, match="averaged weights"):
+        fitted([running])
+    assert reproducibility.fingerprint(second) == before
 
 
 def test_resumed_run_goes_on_with_the_average(tmp_path, caplog):

@@ -9,6 +9,7 @@ model's, which are those of the last weights: see `tfloop.reestimate_batch_norm`
 """
 
 import contextlib
+import weakref
 
 import keras
 import numpy as np
@@ -58,6 +59,7 @@ class WeightAverage(keras.callbacks.Callback):
         self.kind, self.start, self.every, self.decay = kind, int(start), int(every), float(decay)
         self.validate = bool(validate)
         self.swapped = False
+        self._model_of = lambda: None  # the model whose average it is
         self.count = None
         self._weights: list[keras.Variable] = []
         self._averages: list[keras.Variable] = []
@@ -66,12 +68,13 @@ class WeightAverage(keras.callbacks.Callback):
     # -- what the loop calls ------------------------------------------------------------------
 
     def build(self, model):
-        """Makes the state variables, once for a model, and becomes the model's running average.
+        """Makes the state variables, once for a model, and becomes the model's running average, and no other's.
 
         Under a distribution strategy it is called in the strategy's scope.
         """
         if getattr(model, "_tfloop_running_average", None) is not self:
             refuse_swapped(model)
+            refuse_swapped(self._model_of())
         if not model.weights:
             raise ValueError(f"{model.name!r} has no weights yet: build it before averaging them.")
         weights = list(model.trainable_weights)
@@ -81,6 +84,10 @@ class WeightAverage(keras.callbacks.Callback):
             self._weights = weights
             self._averages = [state_like(w) for w in weights]
             self.count = keras.Variable(0, dtype="int64", trainable=False, name="average_count")
+        former = self._model_of()
+        if former not in (None, model) and former._tfloop_running_average is self:
+            former._tfloop_running_average = None  # it would be given the averages of this one
+        self._model_of = weakref.ref(model)
         model._tfloop_running_average = self
 
     def begin(self):

@@ -716,6 +716,7 @@ class Model(Adding, keras.Model):
 
     def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
         """One update on one batch. Returns the batch's loss and metrics, as Keras does."""
+        refuse_swapped(self)
         loop = self._tfloop_get_loop()
         with loop.apart():
             logs = loop.batchwise.step("train", x, y, sample_weight, class_weight)
