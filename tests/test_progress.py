@@ -101,6 +101,15 @@ def test_arrays_and_numpy_scalars_count_as_their_mean():
     assert bar.values == {"a": 2.0, "b": 2.0, "c": 1.0, "d": 7.0}
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "bool"])
+def test_tensors_of_every_dtype_are_numbers(dtype):
+    import tensorflow as tf
+
+    bar, _, _ = make(10)
+    bar.update(1, {"scalar": tf.ones((), dtype), "vector": tf.ones((2,), dtype)})
+    assert bar.values == {"scalar": 1.0, "vector": 1.0}
+
+
 @pytest.mark.parametrize("value", ["high", None, {}, 1j, [1, None]])
 def test_what_is_no_number_is_refused_by_name(value):
     bar, _, _ = make(10)

@@ -231,6 +231,7 @@ def _number(name, value):
     if isinstance(value, int | float):
         return float(value)
     try:
+        value = getattr(value, "numpy", lambda: value)()  # NumPy itself takes no bfloat16 scalar of TensorFlow's
         return float(np.mean(np.asarray(value)).item())
     except (TypeError, ValueError, NotImplementedError) as error:
         raise TypeError(
