@@ -6,8 +6,10 @@ import pytest
 from keras import layers
 
 from tfloop import reproducibility
+from tfloop.model import Model
 from tfloop.runs import checkpoint_file
 from tfloop.weight_mean import average
+from tfloop.weights.spectral_norm import SpectralNorm
 from tfloop.weights.wrapper import SpectralNormalization
 
 
@@ -96,6 +98,19 @@ def test_larger_file_is_refused_not_read_in_part(tmp_path):
     larger.save_weights(tmp_path / "larger.weights.h5")
     with pytest.raises(ValueError, match=r"layers/dense_2/vars/0: \(2, 2\) in the file, missing"):
         average(network(), [tmp_path / "larger.weights.h5"])
+
+
+def test_checkpoint_of_a_parametrised_model_is_refused_by_a_plain_one(tmp_path):
+    def model(wrap):
+        made = Model(x := keras.Input((3,)), layers.Dense(2, name="out")(layers.Dense(4, name="hidden")(x)))
+        if wrap:
+            made.parametrize("hidden/kernel", SpectralNorm())
+        return made
+
+    saved = checkpoint(model(True), tmp_path / "step-0000000007")
+    average(model(True), [saved])
+    with pytest.raises(ValueError, match=r"hidden/kernel_spectral_norm/u: \(1, 4\) in the file, missing"):
+        average(model(False), [saved])
 
 
 def test_shapes_are_named_when_they_differ():

@@ -94,7 +94,10 @@ def of_checkpoint(path, model):
     wanted = {names[id(w)]: tuple(w.shape) for w in model.weights}
     try:
         content = checkpoint_file.verify(path)
-        refuse_difference(path, {n: t.shape for n, t in content.tensors.items() if n in wanted}, wanted)
+        strange = content.tensors.keys() - reproducibility.state_variables(model).keys()
+        shapes = {n: t.shape for n, t in content.tensors.items() if n in wanted or n in strange}
+        last = max((i for i, n in enumerate(shapes) if n in wanted), default=-1)  # weights come first
+        refuse_difference(path, dict(list(shapes.items())[: last + 1]), wanted)
         arrays = checkpoint_file.read_tensors(path, content, list(wanted))
     except checkpoint_file.Damaged as error:
         raise ValueError(f"{path} is no whole checkpoint: {error}.") from error
