@@ -17,8 +17,8 @@ def curves(path, logs):
         for axis, name in zip(axes[0], LAYERS, strict=True):
             axis.plot(steps["step"], steps[f"sigma_{name}"], **draw)
         axes[1, 0].plot(steps["step"], np.maximum(abs(steps["radial_hidden_1"]), ROUNDING), **draw)
-        axes[1, 1].plot(epochs["step"], epochs["val_slope"], **draw)
-        axes[1, 2].plot(epochs["step"], epochs["val_accuracy"], **draw)
+        axes[1, 1].plot(epochs["step"], epochs["val_slope"], marker=".", **draw)
+        axes[1, 2].plot(epochs["step"], epochs["val_accuracy"], marker=".", **draw)
     for axis, name in zip(axes[0], LAYERS, strict=True):
         axis.set(title=f"sigma of the kernel that the step used: {name}", xscale="log", yscale="log")
         axis.set_yticks([1, 1.5, 2, 3], ["1", "1.5", "2", "3"])
