@@ -306,6 +306,8 @@ def test_steps_bound_the_data_used():
         reestimate(model, dataset(X).repeat(), verbose=0)
     with pytest.raises(ValueError, match="no batch"):
         reestimate(model, dataset(X).take(0), verbose=0)
+    with pytest.raises(ValueError, match="no batch"):
+        reestimate(model, [], verbose=0)
 
 
 def test_model_without_batch_norm_returns_at_once_and_says_so(caplog):

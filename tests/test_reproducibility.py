@@ -220,6 +220,12 @@ def test_metrics_are_apart_from_the_state():
     assert fingerprint(model) == before
 
 
+@pytest.mark.parametrize("value", [None, 3, [np.ones(2)]])
+def test_a_fingerprint_is_of_a_model(value):
+    with pytest.raises(TypeError, match="expected a model or a layer"):
+        fingerprint(value)
+
+
 def test_a_fingerprint_sees_every_single_variable():
     model = everything()
     seen = {fingerprint(model)}

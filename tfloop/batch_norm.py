@@ -234,6 +234,8 @@ def batches_of(data, batch_size, model):
     if is_arrays(data) and not is_list_of_batches(data, model):
         x = keras.tree.map_structure(np.asarray, x_of(data))
         sizes = {len(a) for a in keras.tree.flatten(x)}
+        if not sizes:
+            raise ValueError("There is no batch in the data.")
         if len(sizes) != 1:
             raise ValueError(f"The arrays have different numbers of examples: {sorted(sizes)}.")
         (size,) = sizes

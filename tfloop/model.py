@@ -505,8 +505,10 @@ class Model(Adding, keras.Model):
 
         Args:
             accumulate: int, how many batches make one update. Their gradients are averaged, weighted by the
-                number of examples; what is left at the end of an epoch makes an update of its own. A step of
-                the loop, of a schedule and of a log is then an update.
+                number of examples (a loss that divides by something else, by a mask or not at all, is so the mean
+                of theirs, not that of one large batch); what is left at the end of an epoch makes an update of its
+                own. A step of the loop, of a schedule and of a log is then an update; `steps_per_epoch` counts
+                batches.
             steps_per_execution: `"auto"` lets the loop choose how many steps run in one call; an int is obeyed.
             jit_compile: `"auto"` lets the loop measure; `True` or `"step"` compiles the step with XLA, `"loop"`
                 whole chunks of steps, `False` nothing.

@@ -247,8 +247,10 @@ def fingerprint(model):
     """SHA-256, in hexadecimal, over name, dtype, shape and bytes of every state variable of a model.
 
     Equal fingerprints: bit for bit the same weights, optimizer, averages, `u` and seed generators.
-    Metrics are left out.
+    Metrics are left out. Raises `TypeError` for what is neither a model nor a layer.
     """
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(f"fingerprint({model!r}): expected a model or a layer.")
     return fingerprint_of(snapshot(state_variables(model)))
 
 
