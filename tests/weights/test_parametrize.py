@@ -482,18 +482,19 @@ def test_baking_takes_away_what_the_copy_parametrised_itself_and_says_so(make):
 
 
 def with_terms(of):
-    """Two layers of one shape whose order another graph, with a symbolic loss, reverses; or a layer for a loss only."""
+    """Two layers of one shape whose order another graph, with a symbolic loss, reverses; or layers for terms only."""
     x = keras.Input((4,))
     a, b = layers.Dense(4, name="a")(x), layers.Dense(4, name="b")(x)
     model = Model(x, [a, b])
-    if of == "a layer of its own":
+    if of == "layers of their own":
         model.add_loss(ops.mean(layers.Dense(3)(a)))
+        model.add_metric(ops.mean(layers.Dense(2)(b)), name="second")
     else:
         model.add_loss(ops.mean(ops.tanh(ops.tanh(b))))
     return keras.Model(outer := keras.Input((4,)), model(outer)) if of == "inside" else model
 
 
-@pytest.mark.parametrize("of", ["an output", "a layer of its own", "inside"])
+@pytest.mark.parametrize("of", ["an output", "layers of their own", "inside"])
 def test_baking_a_model_with_losses_on_symbolic_tensors(of):
     model = with_terms(of)
     weights.parametrize(model, "*a/kernel", "spectral_norm")
