@@ -522,6 +522,35 @@ def test_baking_a_wrapped_layer_whose_constructor_takes_no_name():
     np.testing.assert_allclose(weights.bake(model)(data(3, 4)), model(data(3, 4)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("wrap", [True, False])
+def test_baking_needs_nothing_registered(wrap):
+    class Doubled(layers.Dense):
+        def call(self, x):
+            return 2.0 * super().call(x)
+
+    tripled, layer, x = weights.Function(lambda raw: 3.0 * raw), Doubled(2), keras.Input((4,))
+    model = keras.Model(x, (weights.Parametrized(layer, {"kernel": tripled}) if wrap else layer)(x))
+    if not wrap:
+        weights.parametrize(model, "kernel", tripled)
+    baked = weights.bake(Model(model.inputs, model.outputs) if wrap else model)
+    np.testing.assert_allclose(baked(data(3, 4)), model(data(3, 4)), rtol=1e-5)
+    assert type(baked.layers[1]) is Doubled and weights.effective_weights(baked) == {}
+
+
+def test_baking_a_subclassed_model_of_a_class_that_is_not_registered():
+    class Local(Model):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.out = layers.Dense(2)
+
+        def call(self, x):
+            return self.out(x)
+
+    model = Local()
+    weights.parametrize(model, "*/kernel", weights.Function(lambda raw: 3.0 * raw))
+    np.testing.assert_allclose(model(data(3, 4)), weights.bake(model)(data(3, 4)), rtol=1e-5)
+
+
 def test_baking_what_is_not_built():
     with pytest.raises(ValueError, match="is not built"):
         weights.bake(Net())
