@@ -162,6 +162,33 @@ def test_a_tensor_made_inside_control_flow_is_left_out_with_its_reason(inner):
     step(tf.ones((2, 4)))
 
 
+@pytest.mark.parametrize("eagerly", [True, False])
+def test_a_layer_that_the_gradient_calls_again_counts_once(eagerly):
+    class Ones(tfloop.Layer):
+        def build(self, shape):
+            self.scale = self.add_weight(shape=(), initializer="ones", name="scale")
+
+        def call(self, x):
+            self.add_metric(x, name="total", aggregation="sum")
+            return tfloop.tag(x * self.scale, "tagged")
+
+    class Recomputed(tfloop.Model):
+        def __init__(self):
+            super().__init__()
+            self.ones = Ones()
+            self.ones.build((None, 3))
+
+        def call(self, x):
+            return tf.recompute_grad(self.ones)(x)
+
+    model = Recomputed()
+    model.watch("*", "mean")
+    model.compile("sgd", "mse", run_eagerly=eagerly, jit_compile=False)
+    logs = model.train_on_batch(np.ones((2, 3)), np.zeros((2, 3)), return_dict=True)
+    assert list(logs) == ["loss", "total", "tagged/mean", "ones/mean"]
+    assert logs["total"] == 6.0 and model.ones.scale < 1.0
+
+
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 def test_an_rnn_cell_runs_in_a_loop_eagerly_too(mode):
     class Cell(layers.Layer):

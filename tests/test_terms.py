@@ -105,6 +105,24 @@ def test_a_weight_may_be_a_schedule_of_completed_updates(mode):
     np.testing.assert_allclose(history["val_one"], [3.0, 6.0])
 
 
+class Ramp(keras.optimizers.schedules.LearningRateSchedule):
+    def __call__(self, step):
+        return 0.5 * step + 0.25
+
+    def get_config(self):
+        return {}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_schedule_that_multiplies_the_step_by_a_float_is_a_weight_as_it_is_a_learning_rate(mode):
+    model = net(loss=None, **MODES[mode])
+    model.add_loss(lambda t: ops.mean(t["y_pred"]) * 0.0 + 1.0, name="ramp", weight=Ramp())
+    model.add_loss(lambda: 1.0, name="decay", weight=lambda step: 0.5**step)
+    history = fit(model)
+    np.testing.assert_allclose(history["ramp"], [(0.25 * 4 + 0.75 * 4 + 1.25 * 2) / 10], rtol=1e-6)
+    np.testing.assert_allclose(history["decay"], [(1.0 * 4 + 0.5 * 4 + 0.25 * 2) / 10], rtol=1e-6)
+
+
 class Weighted(tfloop.Layer):
     """Adds the loss 1, in `call` or as a function."""
 

@@ -23,7 +23,7 @@ class Adding:
                 function without arguments.
             name: str, under which the weighted loss is shown. Unnamed losses are shown together.
             weight: float; a scalar variable, which every step reads; or a function of the number of completed
-                updates, an int64 scalar.
+                updates, a float32 scalar.
             inputs: taken for code written for Keras 2, and not used.
 
         Raises `ValueError` when called outside `call` with a tensor, which could not be computed anew.

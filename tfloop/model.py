@@ -808,13 +808,15 @@ class FunctionalModel(Model, _keras.Functional):
     def _tfloop_add_symbolic(self, entry):
         entries = [*self._tfloop_symbolic, entry]
         try:
-            # Tracked, so that layers that only a term needs are the model's too.
-            self._with_terms = keras.Model(self._inputs_struct, [self._outputs_struct, *(t for _, t, _ in entries)])
+            graph = keras.Model(self._inputs_struct, [self._outputs_struct, *(t for _, t, _ in entries)])
         except ValueError as error:
             raise ValueError(
                 f"add_{entry[0]}(name={entry[2]['name']!r}): the symbolic tensor is not connected to the inputs of "
                 f"the model ({names.listing(t.name for t in self.inputs)}). {error}"
             ) from None
+        if self._tfloop_symbolic:
+            _keras.untrack(self, self.__dict__["_with_terms"])
+        self._with_terms = graph  # tracked, so that layers that only a term needs are the model's too
         self.__dict__["_tfloop_symbolic"] = entries
         self._tfloop_terms.version += 1
 

@@ -14,7 +14,7 @@ from tfloop import _keras, names, terms
 from tfloop.loop.record import Column, Result
 from tfloop.row import NameBook, combined, flat_logs, is_numeric, mean, own_key, reader, results_of
 from tfloop.step import Step, current_step
-from tfloop.tensors import Lazy, MissingTensor, Recorder, Tensors, current_graph, flatten, recording
+from tfloop.tensors import Lazy, MissingTensor, Recorder, Tensors, current_graph, flatten, recorders, recording
 
 ABSENT = object()
 _AFTER = "gradients and updates exist after the backward pass: a metric can have them, a loss cannot."
@@ -68,7 +68,7 @@ class ModelStep(Step):
         self._added_losses.append((tensor, name, owner))
 
     def note_metric(self, owner, name, aggregation, value):
-        if self.kind == "predict" or self.recorder.probing:
+        if self.kind == "predict" or self.recorder.probing or self.recorder not in recorders():
             return
         if getattr(value, "graph", self._graph) is not self._graph:
             # Made inside a tf.while_loop or tf.cond: the value cannot leave it, a variable's update can.

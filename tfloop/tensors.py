@@ -10,6 +10,7 @@ a graph: a tensor that nobody asks for is pruned with the operations that only i
 import collections.abc
 import contextlib
 import fnmatch
+import functools
 import threading
 
 import keras
@@ -278,14 +279,34 @@ def recorders():
 
 @contextlib.contextmanager
 def recording(recorder):
-    """Makes the recorder hear every layer call and tag of this thread."""
-    previous = recorders()
-    _local.recorders = (*previous, recorder)
+    """Makes the recorder hear every layer call and tag of this thread, but for those that a gradient makes again."""
+    with (
+        _keras.observing_calls(recorders),
+        _keras.noticing_maps(),
+        _keras.patched(tf.GradientTape, "gradient", unheard),
+        hearing(*recorders(), recorder),
+    ):
+        yield recorder
+
+
+@contextlib.contextmanager
+def hearing(*active):
+    previous, _local.recorders = recorders(), active
     try:
-        with _keras.observing_calls(recorders), _keras.noticing_maps():
-            yield recorder
+        yield
     finally:
         _local.recorders = previous
+
+
+def unheard(gradient):
+    """The function without recorders: `tf.recompute_grad` calls layers once more there, for what they gave before."""
+
+    @functools.wraps(gradient)
+    def called(*args, **kwargs):
+        with hearing():
+            return gradient(*args, **kwargs)
+
+    return called
 
 
 @contextlib.contextmanager

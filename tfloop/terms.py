@@ -184,9 +184,9 @@ def as_number(value, what):
 
 
 def weighted(value, weight, updates):
-    """A loss, a float scalar, times its weight at a number of completed updates (an int64 scalar)."""
+    """A loss, a float scalar, times its weight at a number of completed updates."""
     if callable(weight):
-        weight = weight(updates)
+        weight = weight(tf.cast(updates, tf.float32))  # schedules count in floats, and TensorFlow does not promote
     if isinstance(weight, keras.Variable):
         weight = _keras.stored_value(weight)
     return value * tf.cast(weight, value.dtype)

@@ -482,18 +482,19 @@ def test_baking_takes_away_what_the_copy_parametrised_itself_and_says_so(make):
 
 
 def with_terms(of):
-    """Two layers of one shape whose order another graph, with a symbolic loss, reverses; or a layer for a loss only."""
+    """Two layers of one shape whose order another graph, with a symbolic loss, reverses; or layers for terms only."""
     x = keras.Input((4,))
     a, b = layers.Dense(4, name="a")(x), layers.Dense(4, name="b")(x)
     model = Model(x, [a, b])
-    if of == "a layer of its own":
+    if of == "layers of their own":
         model.add_loss(ops.mean(layers.Dense(3)(a)))
+        model.add_metric(ops.mean(layers.Dense(2)(b)), name="second")
     else:
         model.add_loss(ops.mean(ops.tanh(ops.tanh(b))))
     return keras.Model(outer := keras.Input((4,)), model(outer)) if of == "inside" else model
 
 
-@pytest.mark.parametrize("of", ["an output", "a layer of its own", "inside"])
+@pytest.mark.parametrize("of", ["an output", "layers of their own", "inside"])
 def test_baking_a_model_with_losses_on_symbolic_tensors(of):
     model = with_terms(of)
     weights.parametrize(model, "*a/kernel", "spectral_norm")
@@ -519,6 +520,35 @@ class Nameless(layers.Layer):
 def test_baking_a_wrapped_layer_whose_constructor_takes_no_name():
     model = keras.Sequential([keras.Input((4,)), weights.SpectralNormalization(Nameless(2))])
     np.testing.assert_allclose(weights.bake(model)(data(3, 4)), model(data(3, 4)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+def test_baking_needs_nothing_registered(wrap):
+    class Doubled(layers.Dense):
+        def call(self, x):
+            return 2.0 * super().call(x)
+
+    tripled, layer, x = weights.Function(lambda raw: 3.0 * raw), Doubled(2), keras.Input((4,))
+    model = keras.Model(x, (weights.Parametrized(layer, {"kernel": tripled}) if wrap else layer)(x))
+    if not wrap:
+        weights.parametrize(model, "kernel", tripled)
+    baked = weights.bake(Model(model.inputs, model.outputs) if wrap else model)
+    np.testing.assert_allclose(baked(data(3, 4)), model(data(3, 4)), rtol=1e-5)
+    assert type(baked.layers[1]) is Doubled and weights.effective_weights(baked) == {}
+
+
+def test_baking_a_subclassed_model_of_a_class_that_is_not_registered():
+    class Local(Model):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.out = layers.Dense(2)
+
+        def call(self, x):
+            return self.out(x)
+
+    model = Local()
+    weights.parametrize(model, "*/kernel", weights.Function(lambda raw: 3.0 * raw))
+    np.testing.assert_allclose(model(data(3, 4)), weights.bake(model)(data(3, 4)), rtol=1e-5)
 
 
 def test_baking_what_is_not_built():

@@ -7,7 +7,7 @@ import keras
 from tfloop import _keras, names
 from tfloop.weights.effective import detach, is_parametrized, owned_weights
 from tfloop.weights.forward import effective_value
-from tfloop.weights.parametrize import forget, parametrized
+from tfloop.weights.parametrize import forget, incomplete_configs, parametrized
 
 WRAPPERS = ("tfloop>Parametrized", "tfloop>SpectralNormalization")
 FUNCTIONAL = {
@@ -22,8 +22,8 @@ def bake(model):
     """A plain Keras model with the same outputs, and no parametrisation in it.
 
     Args:
-        model: a functional, Sequential or registered subclassed Keras model, built, with parametrised weights
-            (or without: then a plain copy).
+        model: a functional, Sequential or subclassed Keras model, built, with parametrised weights (or without:
+            then a plain copy). Its layers and parametrisations need not be registered.
 
     Returns a new model that is not compiled: wrappers are gone, a functional `tfloop.Model` is a
     `keras.Model`, and each parametrised weight has its effective value. Its file can be loaded where tfloop
@@ -46,9 +46,23 @@ def bake(model):
     """
     if not model.built:
         raise ValueError(f"bake({model.name!r}): the model is not built. Call it on data, or build it, first.")
-    baked = keras.saving.deserialize_keras_object(plain(keras.saving.serialize_keras_object(model)))
+    with incomplete_configs(), keras.saving.custom_object_scope(own_classes(model)):
+        baked = keras.saving.deserialize_keras_object(plain(keras.saving.serialize_keras_object(model)))
     copy_weights(model, baked)
     return baked
+
+
+def own_classes(model):
+    """`name -> class` of what the model is made of and a config alone could not find.
+
+    Of two classes with one name neither, so that none stands in for the other.
+    """
+    found: dict[str, set] = {}
+    for cls in {type(layer) for _, layer in names.walk(model)}:
+        name = keras.saving.get_registered_name(cls)
+        if cls.__module__.split(".")[0] != "keras" and keras.saving.get_registered_object(name) is None:
+            found.setdefault(name, set()).add(cls)
+    return {name: classes.pop() for name, classes in found.items() if len(classes) == 1}
 
 
 def plain(config):

@@ -11,7 +11,7 @@ from tfloop import _keras, names
 from tfloop.weights.catalogue import get_list
 from tfloop.weights.effective import attach, owned_weights
 from tfloop.weights.forward import current_forward_pass, forward_pass
-from tfloop.weights.parametrize import effective_weights, enter_above, matching, outside_graph
+from tfloop.weights.parametrize import effective_weights, enter_above, matching, outside_graph, serialized
 from tfloop.weights.spectral_norm import SpectralNorm
 
 
@@ -153,10 +153,7 @@ class Parametrized(keras.layers.Wrapper):
     def get_config(self):
         return {
             **super().get_config(),
-            "parametrizations": {
-                name: [keras.saving.serialize_keras_object(p) for p in given]
-                for name, given in self._parametrizations.items()
-            },
+            "parametrizations": {name: serialized(given) for name, given in self._parametrizations.items()},
         }
 
     @classmethod
