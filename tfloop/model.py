@@ -95,7 +95,7 @@ class Model(Adding, keras.Model):
             name: str, under which the loss is logged as it enters the total (weighted). Unnamed losses are
                 logged together as `other_losses`.
             weight: float; a scalar variable, which every step reads; or a function of the number of completed
-                updates, an int64 scalar: 0 in the first step.
+                updates, a float32 scalar: 0 in the first step.
             inputs: taken for code written for Keras 2, and not used.
 
         Works as a decorator; may be called after `compile` and between two fits.
