@@ -88,6 +88,21 @@ def test_an_epoch_has_the_batches_it_was_given(form):
     assert int(model.optimizer.iterations) == 6  # of 2 batches, and of the one that is left
 
 
+def test_a_step_takes_apart_what_the_fit_gathers():
+    def normed():
+        inputs = keras.Input((3,))
+        model = tfloop.Model(inputs, layers.BatchNormalization()(inputs))  # differs by how a batch is taken apart
+        model.add_loss(lambda t: ops.mean(ops.abs(t["y_pred"])))
+        model.compile(keras.optimizers.SGD(0.0), accumulate=2, jit_compile=False)
+        return model
+
+    model, whole, halves = normed(), normed().train_on_batch(X), fit(normed(), 11, y=None)["loss"]
+    assert abs(whole - halves[0]) > 1e-3
+    np.testing.assert_allclose(fit(model, 22, y=None)["loss"], whole, rtol=1e-5)
+    np.testing.assert_allclose(fit(model, 11, y=None)["loss"], halves, rtol=1e-5)
+    np.testing.assert_allclose(model.train_on_batch(X), whole, rtol=1e-5)  # a batch by itself makes an update
+
+
 class Listed(keras.utils.PyDataset):
     def __init__(self, batches):
         super().__init__()
