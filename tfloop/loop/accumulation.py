@@ -21,7 +21,8 @@ def accumulated(source, count):
     group = Groups(count, source.steps)
     if isinstance(source, ArraySource):  # an epoch may begin and end anywhere in a pass
         made = PythonSource(lambda epoch: group(batches_of(source.feeder(epoch))), group.steps, skip=lambda epoch: None)
-    elif isinstance(source, DatasetSource):
+        return made, source.batch_size
+    if isinstance(source, DatasetSource):
         made = PythonSource(lambda epoch: group(source.dataset.as_numpy_iterator()), group.steps)
         made.endless, made.rereadable = source.endless, source.rereadable
     else:
