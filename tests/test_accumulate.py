@@ -1,5 +1,7 @@
 """`compile(accumulate=k)`: k batches make one update, exactly that of one batch k times as large."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -66,10 +68,51 @@ def test_streams_are_grouped(form):
     steps = {"steps_per_epoch": 11} if form == "generator" else {}
     got = small.fit(data, epochs=2, verbose=0, **steps).history
     expected = fit(large, 6)
-    if form == "generator":  # goes on: 3 batches, 3, 3, 3, and so over the end of the data
-        assert int(small.optimizer.iterations) == 8
-        return
     np.testing.assert_allclose(got["loss"], expected["loss"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["arrays", "dataset", "generator", "PyDataset"])
+def test_an_epoch_has_the_batches_it_was_given(form):
+    batches = [(X[i : i + 4], Y[i : i + 4]) for i in range(0, 20, 4)]
+    data = {
+        "arrays": lambda: {"x": X[:20], "y": Y[:20], "batch_size": 4},
+        "dataset": lambda: {"x": tf.data.Dataset.from_tensor_slices((X[:20], Y[:20])).batch(4).repeat()},
+        "generator": lambda: {"x": itertools.cycle(batches)},
+        "PyDataset": lambda: {"x": Listed(batches * 2)},
+    }[form]()
+    model = net(accumulate=2, rate=0.0)
+    model.add_metric(lambda t: ops.sum(t["x"]), name="seen", aggregation="sum")
+    seen = model.fit(**data, steps_per_epoch=3, epochs=3, shuffle=False, verbose=0).history["seen"]
+    first, middle, last = X[:12].sum(), X[12:20].sum() + X[:4].sum(), X[4:16].sum()
+    np.testing.assert_allclose(seen, [first, middle, last], rtol=1e-4)
+    assert int(model.optimizer.iterations) == 6  # of 2 batches, and of the one that is left
+
+
+def test_a_step_takes_apart_what_the_fit_gathers():
+    def normed():
+        inputs = keras.Input((3,))
+        model = tfloop.Model(inputs, layers.BatchNormalization()(inputs))  # differs by how a batch is taken apart
+        model.add_loss(lambda t: ops.mean(ops.abs(t["y_pred"])))
+        model.compile(keras.optimizers.SGD(0.0), accumulate=2, jit_compile=False)
+        return model
+
+    model, whole, halves = normed(), normed().train_on_batch(X), fit(normed(), 11, y=None)["loss"]
+    assert abs(whole - halves[0]) > 1e-3
+    np.testing.assert_allclose(fit(model, 22, y=None)["loss"], whole, rtol=1e-5)
+    np.testing.assert_allclose(fit(model, 11, y=None)["loss"], halves, rtol=1e-5)
+    np.testing.assert_allclose(model.train_on_batch(X), whole, rtol=1e-5)  # a batch by itself makes an update
+
+
+class Listed(keras.utils.PyDataset):
+    def __init__(self, batches):
+        super().__init__()
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return self.batches[index]
 
 
 def batches_of(batches):

@@ -572,6 +572,21 @@ class Numbered(keras.utils.PyDataset):
         return np.full((2, 3), i, "float32"), np.zeros((2, 2), "float32")
 
 
+def test_the_order_of_a_pydataset_is_a_function_of_the_epoch():
+    def orders(initial_epoch):
+        model, seen = regression(), []
+        model.add_metric(lambda t: t["x"][0, 0], name="batch", aggregation="last")
+        spy = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(logs["batch"]))
+        tfloop.set_seed(0)
+        model.fit(Numbered(6), initial_epoch=initial_epoch, epochs=3, callbacks=[spy], verbose=0)
+        return np.reshape(seen, (-1, 6))
+
+    every = orders(0)
+    assert (every[0] != every[1]).any() and (every[0] != every[2]).any()
+    np.testing.assert_array_equal(orders(1), every[1:])
+    np.testing.assert_array_equal(orders(2), every[2:])
+
+
 def numbered(length):
     return tf.data.Dataset.range(length or 100).map(
         lambda i: (tf.fill((2, 3), tf.cast(i, "float32")), tf.zeros((2, 2)))

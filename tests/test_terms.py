@@ -346,8 +346,25 @@ def test_gradients_are_left_out_of_evaluation():
     model = net()
     model.watch("gradients/*", "norm")
     model.add_metric(lambda t: ops.norm(t["gradients/out/kernel"]), name="g")
+    model.add_metric(lambda t: tf.linalg.global_norm(list(t.select("gradients/*").values())), name="all")
     history = fit(model, validation_data=(X, Y))
     assert [k for k in history if k.startswith("val_")] == ["val_loss"]
+
+
+def test_gradients_that_are_selected_are_those_of_an_update():
+    small, large = net(accumulate=2), net()
+    for model in (small, large):
+        model.add_metric(lambda t: tf.linalg.global_norm(list(t.select("gradients/*").values())), name="norm")
+    small.fit(X[:8], Y[:8], batch_size=4, shuffle=False, verbose=0)
+    large.fit(X[:8], Y[:8], batch_size=8, shuffle=False, verbose=0)
+    np.testing.assert_allclose(small.history.history["norm"], large.history.history["norm"], rtol=1e-5)
+
+
+def test_a_loss_that_selects_gradients_is_told_that_there_are_none():
+    model = net()
+    model.add_loss(lambda t: tf.linalg.global_norm(list(t.select("gradients/*").values())), name="penalty")
+    with pytest.raises(KeyError, match="a loss cannot"):
+        fit(model)
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph"])

@@ -144,8 +144,9 @@ class ModelSteps:
 
     @property
     def version(self):
-        """Changes with whatever makes a step another one: terms, parametrisations, averages, what it has to say."""
-        told = self.guarded, self.model._tfloop_measures_each_step
+        """Changes with whatever makes a step another one: terms, parametrisations, averages, what it has to say,
+        the batches it takes apart."""
+        told = self.guarded, self.model._tfloop_measures_each_step, self.micro_batch
         return (*terms.versions(self.model), *map(id, self.model._tfloop_averages), *told)
 
     @property
@@ -188,6 +189,15 @@ class ModelSteps:
     @micro_batch.setter
     def micro_batch(self, size):
         self.model.__dict__["_tfloop_micro_batch"] = size
+
+    @contextlib.contextmanager
+    def undivided(self):
+        """While single batches make an update each, whatever a fit gathers."""
+        before, self.micro_batch = self.micro_batch, None
+        try:
+            yield
+        finally:
+            self.micro_batch = before
 
     @property
     def updates(self):

@@ -60,7 +60,7 @@ class Tensors(collections.abc.Mapping):
         if name in self._values:
             value = self._values[name]
             return value() if isinstance(value, Lazy) else value
-        raise MissingTensor(self._explain(name), str(name).startswith(("gradients/", "updates/")))
+        raise self._missing(name)
 
     def __iter__(self):
         return iter(self._values)
@@ -75,7 +75,13 @@ class Tensors(collections.abc.Mapping):
         return f"Tensors({names.listing(self)})"
 
     def select(self, pattern):
-        """The tensors whose full name matches the `fnmatch` pattern, under their full names."""
+        """The tensors whose full name matches the `fnmatch` pattern, under their full names.
+
+        Raises `KeyError` where there are none of a kind, as of `gradients/*` in a loss or in evaluation.
+        """
+        space = next((s for s in NAMESPACES if pattern.startswith(s)), None)
+        if space in self._reasons and not any(name.startswith(space) for name in self):
+            raise self._missing(pattern)
         found = {k: v for k, v in self._values.items() if fnmatch.fnmatchcase(k, pattern)}
         return type(self)(found, self._reasons)
 
@@ -116,6 +122,9 @@ class Tensors(collections.abc.Mapping):
             elif not space and rest == path:
                 found["y_pred"] = name
         return found
+
+    def _missing(self, name):
+        return MissingTensor(self._explain(name), str(name).startswith(("gradients/", "updates/")))
 
     def _explain(self, name):
         if not isinstance(name, str):

@@ -10,31 +10,47 @@ import numpy as np
 import tensorflow as tf
 
 from tfloop.loop.arrays import ArraySource
+from tfloop.loop.feed import batches_of
 from tfloop.loop.streams import DatasetSource, PythonSource
 
 
 def accumulated(source, count):
     """The source whose batches are `count` of the given one's, and the size of those, which the step takes at once."""
-    steps = None if source.steps is None else -(-source.steps // count)
-    if isinstance(source, ArraySource):
-        explicit = steps if source.steps != source.batches else None
-        size = source.batch_size
-        return ArraySource(source.data, size * count, source.shuffle, source.seed, explicit), size
+    if isinstance(source, ArraySource) and source.steps == source.batches:
+        return ArraySource(source.data, source.batch_size * count, source.shuffle, source.seed), source.batch_size
+    group = Groups(count, source.steps)
+    if isinstance(source, ArraySource):  # an epoch may begin and end anywhere in a pass
+        made = PythonSource(lambda epoch: group(batches_of(source.feeder(epoch))), group.steps, skip=lambda epoch: None)
+        return made, source.batch_size
     if isinstance(source, DatasetSource):
-        made = PythonSource(lambda epoch: groups(source.dataset.as_numpy_iterator(), count), steps)
+        made = PythonSource(lambda epoch: group(source.dataset.as_numpy_iterator()), group.steps)
         made.endless, made.rereadable = source.endless, source.rereadable
     else:
-        made = source.grouped(lambda batches: groups(batches, count), steps)
+        made = source.grouped(group, group.steps)
     made.read_before = source.read_before
-    sizes = [int(leaf.shape[0]) for leaf in tf.nest.flatten(made.spec) if leaf is not None]
-    return made, -(-sizes[0] // count)
+    return made, group.size_of_batches(made.spec)
 
 
-def groups(batches, count):
-    """Joins every `count` batches into one; the last may be of fewer."""
-    batches = iter(batches)
-    while group := list(itertools.islice(batches, count)):
-        yield tf.nest.map_structure(joined, *group)
+class Groups:
+    """Joins every `count` batches into one. What is left at the end of an epoch of `steps` batches makes one, too."""
+
+    def __init__(self, count, steps):
+        whole, rest = divmod(steps or count, count)
+        self._sizes = [count] * whole + [rest] * (rest > 0)
+        self.steps = None if steps is None else len(self._sizes)
+
+    def __call__(self, batches):
+        batches = iter(batches)
+        for size in itertools.cycle(self._sizes):
+            group = list(itertools.islice(batches, size))
+            if not group:
+                return
+            yield tf.nest.map_structure(joined, *group)
+
+    def size_of_batches(self, spec):
+        """That of the batches that were joined into one of this spec, the first."""
+        size = next(int(leaf.shape[0]) for leaf in tf.nest.flatten(spec) if leaf is not None)
+        return -(-size // self._sizes[0])
 
 
 def joined(*leaves):

@@ -32,14 +32,15 @@ class Batchwise:
             batch = sources.weighing(class_weight)(batch)
         sources.common_length(batch)
         spec = spec_of(batch)
-        self._runner.build(kind, spec, lambda: batch)
-        with self._unchanging(kind, spec):
-            if kind == "train":
-                self._steps.start()
-            aggregate = Aggregate()
-            aggregate.add(self._runner.run_batch(kind, spec, flat(batch), self._steps.eager))
-            values = aggregate.values()
-            self._steps.publisher()(values)
+        with self._steps.undivided():
+            self._runner.build(kind, spec, lambda: batch)
+            with self._unchanging(kind, spec):
+                if kind == "train":
+                    self._steps.start()
+                aggregate = Aggregate()
+                aggregate.add(self._runner.run_batch(kind, spec, flat(batch), self._steps.eager))
+                values = aggregate.values()
+                self._steps.publisher()(values)
         return values
 
     def predict_on_batch(self, x):

@@ -177,7 +177,7 @@ class PythonSource:
         self._skip = skip
         self.endless = False
         self._passes = 0
-        self._stream = None
+        self._stream, self._opened = None, None  # and the epoch it is of
         self._peeked = []
         self._spec = self.given_spec = spec
 
@@ -213,6 +213,7 @@ class PythonSource:
         if self._stream is None:
             iterator = iter(self._batches(self._passes if self.endless else epoch))
             self._passes += 1
+            self._opened = epoch
             self._stream = ReadAhead(map(self._transform, iterator), self.ahead)
 
     def sample(self, count, capacity, blocks=True):
@@ -220,6 +221,9 @@ class PythonSource:
         return block_of([self._peek()] * count, min(capacity, block_capacity(self.spec)), self.spec)
 
     def feeder(self, epoch, start=0, capacity=1, blocks=False):
+        if self._skip is not None and not self.endless and self._opened != epoch:
+            self.close(ended=True)  # one was looked into, and training begins with a later one
+            self._peeked = []
         self._open(epoch)
         if self.endless and not self._peeked:
             ahead = next(self._stream, None)
