@@ -322,6 +322,16 @@ def test_callbacks_hear_nothing_of_a_run_that_is_finished(tmp_path):
     assert run.was_finished
 
 
+def test_a_finished_run_gives_the_best_weights_again(tmp_path):
+    ends = []
+    for _ in range(2):
+        stopping = keras.callbacks.EarlyStopping("loss", mode="max", patience=9, restore_best_weights=True)
+        run, made, _ = fit(tmp_path / "run", 4, callbacks=[stopping])
+        ends.append(tfloop.fingerprint(made))
+    assert run.was_finished and stopping.best_epoch < 3
+    assert ends[0] == ends[1] == json.loads((tmp_path / "run/summary.json").read_text())["fingerprint"]
+
+
 class TwoOptimizers(tfloop.Model):
     """Its `train_step` builds its optimizers, in the first step."""
 
