@@ -210,6 +210,11 @@ def set_random_state(state):
     np.random.set_state(state["numpy"])
 
 
+def is_random_state(state):
+    """Whether nobody drew from them since `random_state` returned this."""
+    return all(map(np.array_equal, keras.tree.flatten(state), keras.tree.flatten(random_state())))
+
+
 # What they hold
 
 

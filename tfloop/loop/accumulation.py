@@ -22,7 +22,7 @@ def accumulated(source, count):
         return ArraySource(source.data, size * count, source.shuffle, source.seed, explicit), size
     if isinstance(source, DatasetSource):
         made = PythonSource(lambda epoch: groups(source.dataset.as_numpy_iterator(), count), steps)
-        made.endless, made.rereadable = source.endless, source.rereadable
+        made.endless, made.rereadable, made.may_draw = source.endless, source.rereadable, source.may_draw
     else:
         made = source.grouped(lambda batches: groups(batches, count), steps)
     made.read_before = source.read_before

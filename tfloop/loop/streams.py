@@ -84,6 +84,11 @@ class DatasetSource:
         """Whether the same object gives the same batches again, as far as one can tell."""
         return self.nature != replay.RESHUFFLES
 
+    @property
+    def may_draw(self):
+        """Whether Python may run when it is read, and draw from the global random numbers."""
+        return self.nature == replay.UNKNOWN
+
     def skip_epoch(self, epoch):
         """Comes to the end of an epoch without reading it, where that is the same. Returns whether it is."""
         if self._endless or self.nature == replay.UNKNOWN:
@@ -162,6 +167,8 @@ class PythonSource:
 
     addressable = False
     rereadable = True  # as far as one can tell
+    may_draw = True
+    whole = False  # whether an epoch ends where the data do
     read_before = False  # by another fit of this process
     ahead = 16  # batches
 
@@ -191,7 +198,7 @@ class PythonSource:
     def grouped(self, group, steps):
         """The source of what `group` makes of the batches of each epoch."""
         made = PythonSource(lambda epoch: group(map(self._transform, self._batches(epoch))), steps, skip=self._skip)
-        made.endless, made.rereadable = self.endless, self.rereadable
+        made.endless, made.rereadable, made.whole = self.endless, self.rereadable, self.whole
         return made
 
     @property
@@ -267,6 +274,8 @@ class _PythonFeeder:
         if self._left == 0:
             if self._held is not None:
                 self._source.hold(self._held)
+            elif self._source.whole:
+                next(self._stream, None)  # waits for what Python does at the end, before the next epoch begins
             self._source.close(ended=False)
             return None
         batches = self._read(limit)
