@@ -272,3 +272,11 @@ def test_an_epoch_begins_when_the_data_are_done_with_the_last_one():
     source = make_source(Slow(), goes_on=True)
     first, second = (batches(source.feeder(epoch)) for epoch in range(2))
     assert second == [batch[::-1] for batch in first]
+
+
+def test_what_comes_is_looked_at_without_reading_on():
+    read = []
+    source = make_source((read.append(i) or X[:4] for i in range(9)), goes_on=True, steps=9)
+    assert source.spec.shape[1:] == [1]
+    time.sleep(0.3)
+    assert read == [0] and len(batches(source.feeder(0))) == 9

@@ -184,6 +184,7 @@ class PythonSource:
         self._skip = skip
         self.endless = False
         self._passes = 0
+        self._iterator = None  # of the pass that was begun
         self._stream = None
         self._peeked = []
         self._spec = self.given_spec = spec
@@ -209,18 +210,23 @@ class PythonSource:
 
     def _peek(self):
         if not self._peeked:
-            self._open(0)
-            first = next(self._stream, None)
+            self._begin(0)
+            first = next(self._stream or self._iterator, None)
             if first is None:
                 raise ValueError("The data are empty: the generator or loader gave no batch.")
             self._peeked = [first]
         return self._peeked[0]
 
-    def _open(self, epoch):
-        if self._stream is None:
-            iterator = iter(self._batches(self._passes if self.endless else epoch))
+    def _begin(self, epoch):
+        if self._iterator is None:
+            self._iterator = map(self._transform, iter(self._batches(self._passes if self.endless else epoch)))
             self._passes += 1
-            self._stream = ReadAhead(map(self._transform, iterator), self.ahead)
+
+    def _open(self, epoch):
+        """Reads ahead from now on, and not while the model is built: both may draw from the same random numbers."""
+        self._begin(epoch)
+        if self._stream is None:
+            self._stream = ReadAhead(self._iterator, self.ahead)
 
     def sample(self, count, capacity, blocks=True):
         """A block of the first batch `count` times, for a trial. The batch is trained on later, in its turn."""
@@ -241,7 +247,7 @@ class PythonSource:
 
     def skip_epoch(self, epoch):
         """Comes to the end of an epoch without reading it, where that is the same. Returns whether it is."""
-        if self._skip is None or self.endless or self._stream is not None:
+        if self._skip is None or self.endless or self._iterator is not None:
             return False
         self._skip(epoch)
         return True
@@ -254,7 +260,7 @@ class PythonSource:
         if ended or not self.endless:
             if self._stream is not None:
                 self._stream.close()
-            self._stream = None
+            self._iterator = self._stream = None
 
 
 class _PythonFeeder:
