@@ -14,7 +14,7 @@ def images(name="digits", data_dir=None):
 
     `"digits"`: 1437 images of 8 x 8 to train on and 360 to test. `"mnist"`, `"fashion_mnist"`: 60000 and 10000
     of 28 x 28, read from `data_dir/<name>.npz` (`x_train`, `y_train`, `x_test`, `y_test`) if there is such a
-    file, else downloaded. Another name ends the process with one line and status 1.
+    file, else downloaded. Another name, or a failing download, ends the process with one line and status 1.
     """
     if name == "digits":
         return digits()
@@ -25,7 +25,10 @@ def images(name="digits", data_dir=None):
         with np.load(path, allow_pickle=False) as file:
             train, test = ((file[f"x_{part}"], file[f"y_{part}"]) for part in ("train", "test"))
     else:
-        train, test = KERAS[name].load_data()
+        try:
+            train, test = KERAS[name].load_data()
+        except Exception as error:  # Keras has no narrower one
+            sys.exit(f"--data={name} cannot be downloaded ({error}). Put {name}.npz into a folder and give --data_dir.")
     return scaled(*train, 255), scaled(*test, 255)
 
 

@@ -313,3 +313,24 @@ def test_resumed_run_goes_on_with_the_average(tmp_path, caplog):
     train(tmp_path / "parts", 1)
     assert train(tmp_path / "parts", 3) == train(tmp_path / "whole", 3)
     assert "WeightAverage" not in caplog.text  # nothing of it begins anew
+
+
+class Parts(Model):
+    """A step that calls the model's parts alone: the model itself is never called, and never built."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = keras.Sequential([keras.Input((3,)), layers.Dense(1, use_bias=False)])
+
+    def train_step(self, x):
+        return {"norm": self.minimize(lambda: ops.mean(self.part(x) ** 2), self.part.trainable_variables)}
+
+
+def test_a_model_that_is_never_called_is_averaged():
+    model, running = Parts(), WeightAverage("swa", start=2)
+    model.compile(keras.optimizers.SGD(0.1), jit_compile=False)
+    seen = []
+    keep = keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_: seen.append(model.part.get_weights()[0]))
+    model.fit(np.ones((12, 3), "float32"), batch_size=4, verbose=0, callbacks=[running, keep])
+    with averaged(model):
+        np.testing.assert_allclose(model.part.get_weights()[0], np.mean(seen[1:], 0), rtol=1e-6)

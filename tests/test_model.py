@@ -174,3 +174,26 @@ def test_loss_scales_of_minimize_are_in_the_state_under_stable_names():
         keras.config.set_dtype_policy("float32")
     assert list(states[0]) == list(states[1])
     assert int(states[0]["loss_scales/0/step_counter"]) == 3
+
+
+class Recurrent(tfloop.Model):
+    """Keras cannot build it on symbolic tensors: a stateful layer makes its state when it is built."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory = layers.LSTM(4, stateful=True)
+        self.out = layers.Dense(1)
+
+    def call(self, x):
+        return self.out(self.memory(x))
+
+
+@pytest.mark.parametrize("parametrized", [[], ["out/kernel"]])
+def test_a_model_that_symbolic_tensors_cannot_build_is_built_by_a_trace(parametrized, recwarn):
+    model = Recurrent()
+    for path in parametrized:
+        model.parametrize(path, tfloop.UnitNorm())
+    model.compile("sgd", "mse", jit_compile=False)
+    model.fit(np.ones((8, 3, 2)), np.ones((8, 1)), batch_size=4, verbose=0)
+    assert list(model.effective_weights()) == parametrized
+    assert not [w for w in recwarn if "unbuilt state" in str(w.message)]

@@ -1,6 +1,7 @@
 """Seeds, the names of state, and fingerprints."""
 
 import random
+import threading
 
 import keras
 import numpy as np
@@ -310,3 +311,13 @@ def test_the_private_names_still_mean_what_they_did():
     assert _keras.optimizer_targets(optimizer) == [weight]
     for made in (layers.LSTM(1), layers.Conv2DTranspose(1, 1), keras.metrics.MeanSquaredError()):
         assert reproducibility._is_automatic(made), made.name
+
+
+def test_what_orders_the_data_of_a_run_is_its_threads_own():
+    set_seed(3)
+    seen = []
+    with reproducibility.ordering(7):
+        thread = threading.Thread(target=lambda: seen.append(reproducibility.current_seed()))
+        thread.start()
+        thread.join()
+    assert seen == [3]

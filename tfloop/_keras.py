@@ -7,6 +7,7 @@ import contextlib
 import functools
 import threading
 import types
+import warnings
 import weakref
 from typing import NamedTuple
 
@@ -342,26 +343,29 @@ def build(model, batch):
     """Builds the model's layers, compiled metrics and optimizer for a batch, or for one of which there are only specs.
 
     With specs as Keras' own `fit` does under a strategy. Keras has no symbolic tensors for ragged and sparse ones: for
-    these a trace that is never run. A batch itself is given to the model, as what runs eagerly need not be traceable.
-    What the user's code raises comes out as it is; Keras would make a `RuntimeError` of most of it.
+    these a trace that is never run, as for what cannot be called on symbolic tensors: a stateful RNN, which makes
+    variables then, or what raises, so that it comes out as it is. A batch itself is given to the model, as what runs
+    eagerly need not be traceable.
     """
     specs = [isinstance(leaf, tf.TypeSpec) for leaf in tf.nest.flatten(batch) if leaf is not None]
     dense = [isinstance(leaf, tf.TensorSpec) for leaf in tf.nest.flatten(batch) if leaf is not None]
-    if not all(dense):
-        _build_by_calling(model, batch, traced=all(specs))
-        return
-    try:
-        model._symbolic_build(data_batch=batch)
-    except RuntimeError as error:
-        if error.__context__ is None or not str(error).startswith("Unable to automatically build the model"):
-            raise
-        raise error.__context__ from None
+    if all(dense):
+        with contextlib.suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Keras' one, that it cannot
+            model._symbolic_build(data_batch=batch)
+            return
+    _build_by_calling(model, batch, traced=all(specs))
 
 
 def is_built(model):
     """Whether all layers are built, and what `compile` was given."""
-    parts = [*model._flatten_layers(), model._compile_metrics, model._compile_loss]
-    return all(part is None or part.built for part in parts)
+    parts = [model._compile_metrics, model._compile_loss]
+    return are_layers_built(model) and all(part is None or part.built for part in parts)
+
+
+def are_layers_built(model):
+    """Whether all layers are built: Keras calls a model built, too, whose layers it could not build."""
+    return all(layer.built for layer in model._flatten_layers())
 
 
 def _build_by_calling(model, batch, traced):

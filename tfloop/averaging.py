@@ -75,9 +75,9 @@ class WeightAverage(keras.callbacks.Callback):
         if getattr(model, "_tfloop_running_average", None) is not self:
             refuse_swapped(model)
             refuse_swapped(self._model_of())
-        if not model.weights:
-            raise ValueError(f"{model.name!r} has no weights yet: build it before averaging them.")
         weights = list(model.trainable_weights)
+        if not model.built and not weights:  # one whose step calls its parts alone is never built itself
+            raise ValueError(f"{model.name!r} has no weights yet: build it before averaging them.")
         if self.count is None or [id(w) for w in weights] != [id(w) for w in self._weights]:
             paths = {id(w): path for path, w in reproducibility.weights(model).items()}
             self._names = [paths[id(w)] for w in weights]

@@ -7,6 +7,7 @@ so that two processes, or two models built by the same code in one, agree on the
 """
 
 import contextlib
+import contextvars
 import hashlib
 import random
 import re
@@ -21,7 +22,7 @@ from tfloop import _keras, names
 from tfloop.operation import Operation
 
 _seed: int | None = None
-_ordered_by: int | None = None  # see `ordering`
+_ordered_by: contextvars.ContextVar[int | None] = contextvars.ContextVar("ordered_by", default=None)  # see `ordering`
 
 
 def set_seed(seed, deterministic=False):
@@ -50,21 +51,20 @@ def current_seed():
 
     `set_seed` goes through Keras, so Keras' own record is the newer of the two.
     """
-    if _ordered_by is not None:
-        return _ordered_by
+    if (seed := _ordered_by.get()) is not None:
+        return seed
     seed = _keras.random_seed()
     return _seed if seed is None else seed
 
 
 @contextlib.contextmanager
 def ordering(seed):
-    """Within this, `seed` orders data, whatever was set since by others; `None`: what was set last."""
-    global _ordered_by
-    before, _ordered_by = _ordered_by, seed
+    """Within this, in this thread, `seed` orders data, whatever was set since by others; `None`: what was set last."""
+    before = _ordered_by.set(seed)
     try:
         yield
     finally:
-        _ordered_by = before
+        _ordered_by.reset(before)
 
 
 # Which variables
@@ -208,6 +208,11 @@ def set_random_state(state):
     python = state["python"]
     random.setstate((python["version"], tuple(python["numbers"].tolist()), python["gauss"]))
     np.random.set_state(state["numpy"])
+
+
+def is_random_state(state):
+    """Whether nobody drew from them since `random_state` returned this."""
+    return all(map(np.array_equal, keras.tree.flatten(state), keras.tree.flatten(random_state())))
 
 
 # What they hold

@@ -1,6 +1,7 @@
 """A stream that is counted through gives the batches that it would have given to one who read all of them."""
 
 import itertools
+import time
 
 import keras
 import numpy as np
@@ -251,3 +252,31 @@ def test_what_gives_other_data_the_second_time_cannot_be_rolled_back(kind, tmp_p
         data = tf.data.Dataset.from_tensor_slices((X, X)).shuffle(24).batch(4)
     with pytest.raises(RuntimeError, match="on_nan='skip'"):
         tfloop.Run(tmp_path, on_nan="rollback").fit(model, data, steps_per_epoch=3, verbose=0)
+
+
+class Slow(keras.utils.PyDataset):
+    turned = False
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        return X[4 * i : 4 * i + 4][:: -1 if self.turned else 1]
+
+    def on_epoch_end(self):
+        time.sleep(1.3)
+        self.turned = not self.turned
+
+
+def test_an_epoch_begins_when_the_data_are_done_with_the_last_one():
+    source = make_source(Slow(), goes_on=True)
+    first, second = (batches(source.feeder(epoch)) for epoch in range(2))
+    assert second == [batch[::-1] for batch in first]
+
+
+def test_what_comes_is_looked_at_without_reading_on():
+    read = []
+    source = make_source((read.append(i) or X[:4] for i in range(9)), goes_on=True, steps=9)
+    assert source.spec.shape[1:] == [1]
+    time.sleep(0.3)
+    assert read == [0] and len(batches(source.feeder(0))) == 9

@@ -70,8 +70,15 @@ def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(tmp_path, flag, 
 
 
 def test_rehearsals_write_nothing(tmp_path):
-    heard = classifier(tmp_path / "run", "--dry_run", "--watch=*=rms")
-    for said in ("float32[32, 8, 8, 1]", "7,510 parameters", "gradients/hidden/kernel", "hidden/rms", "hidden_norm"):
+    heard = classifier(tmp_path / "run", "--dry_run", "--watch=*=rms", "--accumulate=7")
+    for said in (
+        "7 steps of 7 batches an epoch",
+        "float32[32, 8, 8, 1]",
+        "7,510 parameters",
+        "gradients/hidden/kernel",
+        "hidden/rms",
+        "hidden_norm",
+    ):
         assert said in heard
     assert "bit for bit" in classifier(tmp_path / "run", "--verify")
     assert os.listdir(tmp_path) == []

@@ -322,6 +322,16 @@ def test_callbacks_hear_nothing_of_a_run_that_is_finished(tmp_path):
     assert run.was_finished
 
 
+def test_a_finished_run_gives_the_best_weights_again(tmp_path):
+    ends = []
+    for _ in range(2):
+        stopping = keras.callbacks.EarlyStopping("loss", mode="max", patience=9, restore_best_weights=True)
+        run, made, _ = fit(tmp_path / "run", 4, callbacks=[stopping])
+        ends.append(tfloop.fingerprint(made))
+    assert run.was_finished and stopping.best_epoch < 3
+    assert ends[0] == ends[1] == json.loads((tmp_path / "run/summary.json").read_text())["fingerprint"]
+
+
 class TwoOptimizers(tfloop.Model):
     """Its `train_step` builds its optimizers, in the first step."""
 
@@ -508,6 +518,37 @@ def test_every_source_goes_on_where_it_was(tmp_path, data, arguments, capsys):
     _, second, _ = fit(tmp_path / "run", 4, data(), y, **arguments)
     assert tfloop.fingerprint(first) == tfloop.fingerprint(second)
     assert ("counted through" in capsys.readouterr().err) == (y is None)
+
+
+class Shuffling(keras.utils.PyDataset):
+    """Draws its order, and noise, from NumPy's global random numbers, as is customary."""
+
+    order = np.arange(40)
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        rows = self.order[16 * i : 16 * i + 16]
+        return X[rows] + np.random.normal(size=(len(rows), 4)).astype("float32"), Y[rows]
+
+    def on_epoch_end(self):
+        self.order = np.random.permutation(40)
+
+
+def picks():
+    while True:
+        rows = np.random.permutation(40)[:4]
+        yield X[rows], Y[rows]
+
+
+@pytest.mark.parametrize(("data", "steps", "stop"), [(Shuffling, None, 2), (Shuffling, None, 8), (picks, 9, 22)])
+def test_data_that_draw_from_numpys_global_numbers_go_on_where_they_were(tmp_path, data, steps, stop):
+    _, first, _ = fit(tmp_path / "whole", 4, data(), None, steps_per_epoch=steps)
+    with pytest.raises(InterruptedError):
+        fit(tmp_path / "run", 4, data(), None, callbacks=[StopAt(stop)], steps_per_epoch=steps)
+    _, second, _ = fit(tmp_path / "run", 4, data(), None, steps_per_epoch=steps)
+    assert tfloop.fingerprint(first) == tfloop.fingerprint(second)
 
 
 def test_an_error_in_the_step_leaves_a_state_to_go_on_from(tmp_path):

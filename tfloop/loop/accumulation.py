@@ -21,10 +21,11 @@ def accumulated(source, count):
     group = Groups(count, source.steps)
     if isinstance(source, ArraySource):  # an epoch may begin and end anywhere in a pass
         made = PythonSource(lambda epoch: group(batches_of(source.feeder(epoch))), group.steps, skip=lambda epoch: None)
+        made.may_draw = source.may_draw
         return made, source.batch_size
     if isinstance(source, DatasetSource):
         made = PythonSource(lambda epoch: group(source.dataset.as_numpy_iterator()), group.steps)
-        made.endless, made.rereadable = source.endless, source.rereadable
+        made.endless, made.rereadable, made.may_draw = source.endless, source.rereadable, source.may_draw
     else:
         made = source.grouped(group, group.steps)
     made.read_before = source.read_before

@@ -31,6 +31,7 @@ class ArraySource:
 
     addressable = True
     rereadable = True
+    may_draw = False
     read_before = False
 
     def __init__(self, data, batch_size=32, shuffle=False, seed=0, steps=None):

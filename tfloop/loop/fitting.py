@@ -124,6 +124,7 @@ class Loop:
         check_frequency(validation_freq)
         if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = sources.split(x, y, sample_weight, validation_split)
+        random = reproducibility.random_state()  # before a stream is read ahead
         source = sources.make_source(
             x, y, sample_weight, batch_size, steps_per_epoch, shuffle, class_weight, self._steps.seed, goes_on=True
         )
@@ -147,8 +148,10 @@ class Loop:
         hooks.on_train_begin()
         initial_epoch = self._steps.initial_epoch(initial_epoch)
         at = self.position = observer.start(Position(initial_epoch))
-        if initial_epoch < at.epoch < epochs and not model.stop_training:
-            self._count_through(source, validation, initial_epoch, at.epoch, validation_freq)
+        drew = False
+        if at.epoch < epochs and not model.stop_training:
+            drew = self._count_through(source, validation, initial_epoch, at.epoch, validation_freq, random)
+        observer.on_place(drew)
         validated = at.epoch > initial_epoch
         with contextlib.ExitStack() as stack:
             for epoch in range(at.epoch, epochs):
@@ -183,13 +186,18 @@ class Loop:
         hooks.on_train_end(logs)
         return model.history
 
-    def _count_through(self, source, validation, first, end, validation_freq):
-        """Reads again what was read in the epochs that an earlier process made."""
-        random = reproducibility.random_state()
-        count_through(source, range(first, end))
+    def _count_through(self, source, validation, first, end, validation_freq, random):
+        """Reads again what was read in the epochs that an earlier process made.
+
+        Returns whether that drew from the global random numbers; `None` if there is nothing to be read.
+        """
+        if first >= end:
+            return None
+        drew = count_through(source, range(first, end), random)
         if validation is not None:
-            count_through(validation, [0] * sum(is_due(epoch, validation_freq) for epoch in range(first, end)))
-        reproducibility.set_random_state(random)
+            due = [0] * sum(is_due(epoch, validation_freq) for epoch in range(first, end))
+            drew = count_through(validation, due) or drew
+        return drew
 
     def _train_epoch(self, engine, source, position, pace, hooks, bar):
         stopped = position.batch and self._steps.model.stop_training  # in an earlier process, within this epoch

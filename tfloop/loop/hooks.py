@@ -18,9 +18,12 @@ class Hooks:
                 callbacks, add_history=True, add_progbar=False, model=model, **params
             )
         self.callbacks = callbacks.callbacks
+        self._taking_back = []
 
     def silence(self):
-        """From now on only the history, and what accompanies the fit, are called."""
+        """From now on only the history, and what accompanies the fit, are called; and what takes the best weights back
+        at the end, as an epoch's end has left others."""
+        self._taking_back = [c for c in self.callbacks if isinstance(c, keras.callbacks.EarlyStopping)]
         self.callbacks = [c for c in self.callbacks if isinstance(c, keras.callbacks.History | Observer)]
 
     def want_batches(self, kind):
@@ -33,7 +36,7 @@ class Hooks:
 
         def call(*args):
             *where, logs = args if args and isinstance(args[-1], dict) else (*args, {})
-            for callback in self.callbacks:
+            for callback in (*self._taking_back, *self.callbacks) if name == "on_train_end" else self.callbacks:
                 getattr(callback, name)(*where, logs)
 
         return call

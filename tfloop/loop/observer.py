@@ -25,6 +25,8 @@ class Observer(keras.callbacks.Callback):
         on_built(loop, source, callbacks)
                                 once: all variables are there, the engine is not chosen yet
         start(position)         once, after `on_train_begin`: where to begin, with the state as it was there
+        on_place(drew)          then, when the source has been read up to that epoch: whether reading it drew from the
+                                global random numbers of Python or NumPy; None if nothing was read, and it yet may
         enter(position)         at the beginning of an epoch, after `on_epoch_begin`
         leaves_out(position)    before each chunk: whether the next batch is passed over
         limit(steps)            then: how many steps the chunk may have
@@ -47,6 +49,9 @@ class Observer(keras.callbacks.Callback):
 
     def start(self, position):
         return position
+
+    def on_place(self, drew):
+        pass
 
     def enter(self, position):
         pass

@@ -3,6 +3,9 @@
 Everything is read as training read it. Only where it is certain that a shorter way leads to the same place, it is
 taken: a `tf.data` pipeline in a fixed order starts anew by itself, and one that shuffles anew in every epoch draws its
 seeds when it is opened; a `keras.utils.PyDataset` is told that epochs begin and end.
+
+What draws from the global random numbers of Python or NumPy while it is read draws the same again from where the
+process began: then nobody may set them.
 """
 
 import warnings
@@ -10,7 +13,7 @@ import weakref
 
 from absl import logging
 
-from tfloop import _keras
+from tfloop import _keras, reproducibility
 from tfloop.loop.feed import batches_of
 
 FIXED, RESHUFFLES, UNKNOWN = "fixed", "reshuffles", "unknown"
@@ -44,22 +47,30 @@ def nature(dataset):
     return UNKNOWN
 
 
-def count_through(source, epochs):
-    """Brings a source from the beginning of the first of these epochs to the end of the last."""
+def count_through(source, epochs, random=None):
+    """Brings a source from the beginning of the first of these epochs to the end of the last.
+
+    Returns whether that drew from the global random numbers of Python or NumPy. `random`: their `random_state` before
+    anything was read; now, if not given.
+    """
     if source.addressable or not epochs:
-        return
+        return False
     if source.read_before and not source.rereadable:
         logging.warning(
             "Earlier epochs were read from the same generator or dataset in this process. It goes on where it is, so "
             "the batches may differ from those of an uninterrupted run: make a new one for each fit."
         )
-        return
+        return False
+    random = random or reproducibility.random_state()
+    drew = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of data that end early: they did so before, too
         for epoch in epochs:
-            if not source.skip_epoch(epoch):
+            if drew or not source.skip_epoch(epoch):
                 for _ in batches_of(source.feeder(epoch)):
                     pass
+            drew = drew or (source.may_draw and not reproducibility.is_random_state(random))
+    return drew
 
 
 _read: weakref.WeakSet = weakref.WeakSet()

@@ -57,14 +57,14 @@ def make_source(
     if isinstance(x, keras.utils.PyDataset):
         skip = functools.partial(skip_pydataset, x)
         source = PythonSource(pydataset(x, shuffle, seed), steps or x.num_batches, standard(transform), skip=skip)
-        source.endless = goes_on and steps is not None
+        source.endless, source.whole = goes_on and steps is not None, steps is None
         return source
     if hasattr(x, "__next__"):
         return PythonSource.of_iterator(x, steps, standard(transform))
     if is_iterable_of_batches(x):
         length = len(x) if hasattr(x, "__len__") else None
         source = PythonSource(lambda epoch: x, steps or length, standard(transform))
-        source.endless = goes_on and steps is not None
+        source.endless, source.whole = goes_on and steps is not None, steps is None
         return source
     x, y, sample_weight = (
         None if part is None else standard_arrays(part, n)

@@ -84,6 +84,11 @@ class DatasetSource:
         """Whether the same object gives the same batches again, as far as one can tell."""
         return self.nature != replay.RESHUFFLES
 
+    @property
+    def may_draw(self):
+        """Whether Python may run when it is read, and draw from the global random numbers."""
+        return self.nature == replay.UNKNOWN
+
     def skip_epoch(self, epoch):
         """Comes to the end of an epoch without reading it, where that is the same. Returns whether it is."""
         if self._endless or self.nature == replay.UNKNOWN:
@@ -162,6 +167,8 @@ class PythonSource:
 
     addressable = False
     rereadable = True  # as far as one can tell
+    may_draw = True
+    whole = False  # whether an epoch ends where the data do
     read_before = False  # by another fit of this process
     ahead = 16  # batches
 
@@ -177,7 +184,8 @@ class PythonSource:
         self._skip = skip
         self.endless = False
         self._passes = 0
-        self._stream, self._opened = None, None  # and the epoch it is of
+        self._iterator, self._opened = None, None  # of the pass that was begun, and the epoch it is of
+        self._stream = None
         self._peeked = []
         self._spec = self.given_spec = spec
 
@@ -191,7 +199,7 @@ class PythonSource:
     def grouped(self, group, steps):
         """The source of what `group` makes of the batches of each epoch."""
         made = PythonSource(lambda epoch: group(map(self._transform, self._batches(epoch))), steps, skip=self._skip)
-        made.endless, made.rereadable = self.endless, self.rereadable
+        made.endless, made.rereadable, made.whole = self.endless, self.rereadable, self.whole
         return made
 
     @property
@@ -202,19 +210,24 @@ class PythonSource:
 
     def _peek(self):
         if not self._peeked:
-            self._open(0)
-            first = next(self._stream, None)
+            self._begin(0)
+            first = next(self._stream or self._iterator, None)
             if first is None:
                 raise ValueError("The data are empty: the generator or loader gave no batch.")
             self._peeked = [first]
         return self._peeked[0]
 
-    def _open(self, epoch):
-        if self._stream is None:
-            iterator = iter(self._batches(self._passes if self.endless else epoch))
+    def _begin(self, epoch):
+        if self._iterator is None:
+            self._iterator = map(self._transform, iter(self._batches(self._passes if self.endless else epoch)))
             self._passes += 1
             self._opened = epoch
-            self._stream = ReadAhead(map(self._transform, iterator), self.ahead)
+
+    def _open(self, epoch):
+        """Reads ahead from now on, and not while the model is built: both may draw from the same random numbers."""
+        self._begin(epoch)
+        if self._stream is None:
+            self._stream = ReadAhead(self._iterator, self.ahead)
 
     def sample(self, count, capacity, blocks=True):
         """A block of the first batch `count` times, for a trial. The batch is trained on later, in its turn."""
@@ -238,7 +251,7 @@ class PythonSource:
 
     def skip_epoch(self, epoch):
         """Comes to the end of an epoch without reading it, where that is the same. Returns whether it is."""
-        if self._skip is None or self.endless or self._stream is not None:
+        if self._skip is None or self.endless or self._iterator is not None:
             return False
         self._skip(epoch)
         return True
@@ -251,7 +264,7 @@ class PythonSource:
         if ended or not self.endless:
             if self._stream is not None:
                 self._stream.close()
-            self._stream = None
+            self._iterator = self._stream = None
 
 
 class _PythonFeeder:
@@ -271,6 +284,8 @@ class _PythonFeeder:
         if self._left == 0:
             if self._held is not None:
                 self._source.hold(self._held)
+            elif self._source.whole:
+                next(self._stream, None)  # waits for what Python does at the end, before the next epoch begins
             self._source.close(ended=False)
             return None
         batches = self._read(limit)

@@ -128,7 +128,9 @@ def dry_run(model, x, y, **arguments):
     source = build(model, x, y, arguments)
     batch = next(batches_of(source.feeder(0)))
     of_batch = list(leaves(batch))
-    yield f"{source.steps or 'unknown'} steps an epoch, {arguments.get('epochs', 1)} epochs. The first batch:"
+    count = model._tfloop_choices["accumulate"]
+    steps = f"{-(-source.steps // count) if source.steps else 'unknown'} steps{f' of {count} batches' * (count > 1)}"
+    yield f"{steps} an epoch, {arguments.get('epochs', 1)} epochs. The first batch:"
     yield from table((name, *_described(leaf)) for name, leaf in of_batch)
     variables = {**reproducibility.state_variables(model), **reproducibility.process_variables()}
     trained = sum(int(np.prod(v.shape)) for v in model.trainable_variables)

@@ -122,7 +122,7 @@ class Run:
 
     def _fit(self, model, x, y, callbacks, stop, arguments):
         """Fits, and after a rollback goes on from the last checkpoint as a new process would."""
-        skipped = ()
+        skipped, random = (), reproducibility.random_state()
         for _ in range(MOST_ROLLBACKS + 1):
             self._session = Session(self, self._place, self._checkpoints(), stop, arguments, skipped)
             try:
@@ -134,6 +134,7 @@ class Run:
                 raise
             except RolledBack as rolled:
                 skipped = rolled.skipped.ranges
+                reproducibility.set_random_state(random)
         raise NonFiniteError(f"Rolled back {MOST_ROLLBACKS} times in one process; batches left out: {skipped}.")
 
     def _checkpoints(self):

@@ -49,6 +49,7 @@ class Session(Observer):
         self._copied_at, self._copy_seconds = 0.0, 0.0
         self._saved = None  # where the last save was made
         self._owed = False  # whether one is due
+        self._drew = True  # whether reading the data draws from the global random numbers: see `on_place`
         self._saved_at = self._began = time.monotonic()
         self._seconds_before = 0.0
         self._profile = Profile(run.profile)
@@ -189,6 +190,11 @@ class Session(Observer):
         kept = {key: {n: v for n, v in aggregate[key].items() if n in names} for key in ("state", "results")}
         return {**aggregate, **kept, "order": [n for n in aggregate["order"] if n in names]}
 
+    def on_place(self, drew):
+        if self._restored is not None:
+            self._drew = self._source.may_draw if drew is None else drew
+            self._restore_random_state()
+
     def enter(self, position):
         if position.batch:  # what the beginning of the epoch did to the state was done before
             self._restore()
@@ -199,8 +205,14 @@ class Session(Observer):
         manifest, tensors = self._restored.manifest, self._restored.tensors
         process = reproducibility.process_variables(create="process/seed_generator" in tensors)
         reproducibility.assign({**self._variables, **process}, tensors)
-        reproducibility.set_random_state(callback_state.put_back(manifest["random"], tensors))
+        self._restore_random_state()
         return callback_state.set_states(self._others, manifest["callbacks"], tensors)
+
+    def _restore_random_state(self):
+        """Sets Python's and NumPy's global random numbers, unless the data draw from them as they are read again."""
+        if not self._drew:
+            state = callback_state.put_back(self._restored.manifest["random"], self._restored.tensors)
+            reproducibility.set_random_state(state)
 
     def _count(self):
         return int(self.model.extra_state()["updates"].numpy())

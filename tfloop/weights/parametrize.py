@@ -125,14 +125,18 @@ def apply_once_built(model):
         def made(*args, **kwargs):
             with outside_graph():
                 make(*args, **kwargs)
-            apply_waiting(model)
+            try:
+                apply_waiting(model)
+            except ValueError:
+                if _keras.are_layers_built(model):
+                    raise
 
         return made
 
     @functools.wraps(original)
     def call(*args, **kwargs):
         if given.waiting and not _keras.in_stateless_scope():
-            if not model.built:
+            if not _keras.are_layers_built(model):
                 original(*args, **kwargs)  # makes the weights
             apply_waiting(model)
         return original(*args, **kwargs)
