@@ -2,6 +2,7 @@
 
 import itertools
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -51,6 +52,26 @@ def test_compiled_as_eagerly(name):
     statistic = statistics.get_statistic(name)
     tensor = tf.constant(np.random.default_rng(0).normal(size=(5, 7)), tf.float32)
     np.testing.assert_allclose(tf.function(statistic, jit_compile=True)(tensor), statistic(tensor), rtol=1e-5)
+
+
+@pytest.mark.parametrize("array", [[1.0, np.nan, 3.0], [np.nan, np.nan]])
+@pytest.mark.parametrize("name", sorted(ORACLES.keys() - {"zeros", "nonfinite"}))
+def test_xla_too_says_nan_where_an_element_is(name, array):
+    compiled = tf.function(statistics.get_statistic(name), jit_compile=True)
+    assert np.isnan(compiled(tf.constant(array)))
+
+
+@pytest.mark.parametrize("aggregation", ["min", "max"])
+def test_an_extreme_of_values_with_a_nan_is_nan_under_xla(aggregation):
+    model = tfloop.Model(x := keras.Input((2,)), keras.layers.Dense(1)(x))
+    model.add_metric(lambda t: t["x"], name="extreme", aggregation=aggregation)
+    model.compile("sgd", "mse", jit_compile=True)
+    data = np.float32([[1, 2], [np.nan, 3], [4, 5]])
+    assert np.isnan(model.fit(data, data[:, :1], batch_size=1, verbose=0).history["extreme"][0])
+    metric = next(m for m in model.metrics if m.name == "extreme")
+    metric.reset_state()
+    tf.function(metric.accumulate, jit_compile=True)(tf.constant(data))
+    assert np.isnan(metric.result())
 
 
 def test_nonfinite_counts_nan_and_infinity():

@@ -5,7 +5,7 @@ import dataclasses
 import keras
 import tensorflow as tf
 
-from tfloop import _keras, names, terms
+from tfloop import _keras, names, statistics, terms
 from tfloop.loop.record import Column, Layout, Result, count_of
 
 
@@ -153,7 +153,7 @@ def reduced(tensors, aggregation):
     if aggregation == "last":
         return tf.reduce_mean(tensors[-1])
     if aggregation in ("min", "max"):
-        reduce = {"min": tf.reduce_min, "max": tf.reduce_max}[aggregation]
+        reduce = statistics.EXTREMES[aggregation]
         return reduce(tf.stack([reduce(t) for t in tensors]))
     if len(tensors) == 1 and tensors[0].shape.rank == 0:
         return tensors[0]
@@ -242,4 +242,4 @@ def over_batches(column, values, weights):
         return values[-1]
     if column.aggregation == "sum":
         return tf.reduce_sum(tf.where(weights > 0, values, 0), 0)  # of size 0: one that repeats another
-    return {"min": tf.reduce_min, "max": tf.reduce_max}[column.aggregation](values, 0)
+    return statistics.EXTREMES[column.aggregation](values, 0)

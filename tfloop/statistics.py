@@ -92,6 +92,23 @@ def check_aggregation(aggregation, where):
         )
 
 
+def smallest(t, axis=None):
+    """The least of a float tensor's elements, NaN where one is: on CPUs XLA's minimum passes over NaN."""
+    return _nan_if(tf.math.is_nan(t), tf.reduce_min(t, axis), axis)
+
+
+def largest(t, axis=None):
+    """The greatest of a float tensor's elements, NaN where one is."""
+    return _nan_if(tf.math.is_nan(t), tf.reduce_max(t, axis), axis)
+
+
+def _nan_if(any_of, value, axis):
+    return tf.where(tf.reduce_any(any_of, axis), tf.constant(np.nan, value.dtype), value)
+
+
+EXTREMES = {"min": smallest, "max": largest}
+
+
 def _mean(t):
     return tf.reduce_mean(t)
 
@@ -137,8 +154,8 @@ for _name, _function, _aggregation in [
     ("mean", _mean, "mean"),
     ("rms", _rms, "mean"),
     ("norm", _norm, "mean"),
-    ("min", tf.reduce_min, "min"),
-    ("max", tf.reduce_max, "max"),
+    ("min", smallest, "min"),
+    ("max", largest, "max"),
     ("std", _std, "mean"),
     ("abs_mean", _abs_mean, "mean"),
     ("zeros", _zeros, "mean"),

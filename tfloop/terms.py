@@ -14,7 +14,7 @@ import keras
 import tensorflow as tf
 
 from tfloop import _keras, names
-from tfloop.statistics import Statistic, check_aggregation, get_statistic
+from tfloop.statistics import EXTREMES, Statistic, check_aggregation, get_statistic
 from tfloop.step import current_step
 
 
@@ -231,10 +231,9 @@ class TermMetric(keras.Metric):
             self.value.assign_add(tf.reduce_sum(value))
         elif self.aggregation == "last":
             self.value.assign(tf.reduce_mean(value))
-        elif self.aggregation == "min":
-            self.value.assign(tf.minimum(self.value, tf.reduce_min(value)))
         else:
-            self.value.assign(tf.maximum(self.value, tf.reduce_max(value)))
+            reduce = EXTREMES[self.aggregation]
+            self.value.assign(reduce(tf.stack([self.value.value, reduce(value)])))
         self.count.assign_add(1.0)
 
     def _make_variables(self):
