@@ -350,10 +350,15 @@ def build(model, batch):
     specs = [isinstance(leaf, tf.TypeSpec) for leaf in tf.nest.flatten(batch) if leaf is not None]
     dense = [isinstance(leaf, tf.TensorSpec) for leaf in tf.nest.flatten(batch) if leaf is not None]
     if all(dense):
-        with contextlib.suppress(Exception), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Keras' one, that it cannot
-            model._symbolic_build(data_batch=batch)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Keras' one, that it cannot
+                model._symbolic_build(data_batch=batch)
             return
+        except Exception as error:
+            if are_layers_built(model):  # a trace would not come further, and Keras adds to what it raises
+                wrapped = str(error).startswith("Unable to automatically build the model")
+                raise (error.__context__ if wrapped and error.__context__ else error) from None
     _build_by_calling(model, batch, traced=all(specs))
 
 
