@@ -9,6 +9,8 @@ import tensorflow as tf
 from keras import layers, ops
 
 import tfloop
+from tfloop.loop.accumulation import accumulated
+from tfloop.loop.source import make_source
 
 X = np.random.default_rng(0).normal(size=(22, 3)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(22, 2)).astype("float32")
@@ -86,6 +88,13 @@ def test_an_epoch_has_the_batches_it_was_given(form):
     first, middle, last = X[:12].sum(), X[12:20].sum() + X[:4].sum(), X[4:16].sum()
     np.testing.assert_allclose(seen, [first, middle, last], rtol=1e-4)
     assert int(model.optimizer.iterations) == 6  # of 2 batches, and of the one that is left
+
+
+@pytest.mark.parametrize("steps", [None, 3])
+def test_groups_of_arrays_draw_from_nothing_global(steps):
+    """So what a checkpoint says of NumPy's random numbers holds on a resume."""
+    source, size = accumulated(make_source(X, Y, batch_size=4, steps=steps), 2)
+    assert not source.may_draw and size == 4
 
 
 def test_a_step_takes_apart_what_the_fit_gathers():

@@ -838,18 +838,23 @@ def pairs(base):
     return Pairs(), {"a": (X, X[:, ::-1].copy()), "y": Y[:, :1], "w": np.ones((len(X), 1), "float32"), "rest": X}
 
 
+def of_one_layer(base):
+    class OneLayer(base):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(1, kernel_initializer="ones")
+
+        def call(self, x):
+            return self.dense(x)
+
+    return OneLayer
+
+
 def adapting(adapt, data):
     """A model whose steps make `(x, y)` of the batch and leave the rest to Keras."""
 
     def make(base):
-        class Adapting(base):
-            def __init__(self):
-                super().__init__()
-                self.dense = layers.Dense(1, kernel_initializer="ones")
-
-            def call(self, x):
-                return self.dense(x)
-
+        class Adapting(of_one_layer(base)):
             def train_step(self, data):
                 return super().train_step(adapt(*data))
 
@@ -945,14 +950,7 @@ def test_a_model_that_only_its_step_builds_is_watched_and_averaged(mode):
 @some_modes
 @pytest.mark.parametrize("by", ["minimize", "apply"])
 def test_variables_that_a_step_takes_before_it_calls_the_model_are_trained(by, mode):
-    class Early(tfloop.Model):
-        def __init__(self):
-            super().__init__()
-            self.dense = layers.Dense(1, kernel_initializer="ones")
-
-        def call(self, x):
-            return self.dense(x)
-
+    class Early(of_one_layer(tfloop.Model)):
         def train_step(self, data):
             x, y = data
             variables = self.trainable_variables

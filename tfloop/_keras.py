@@ -343,9 +343,9 @@ def build(model, batch):
     """Builds the model's layers, compiled metrics and optimizer for a batch, or for one of which there are only specs.
 
     With specs as Keras' own `fit` does under a strategy. Keras has no symbolic tensors for ragged and sparse ones: for
-    these a trace that is never run, as for what cannot be called on symbolic tensors: a stateful RNN, which makes
-    variables then, or what raises, so that it comes out as it is. A batch itself is given to the model, as what runs
-    eagerly need not be traceable.
+    these a trace that is never run, as for layers that cannot be built so: a stateful RNN makes variables then. A batch
+    itself is given to the model, as what runs eagerly need not be traceable. What the user's code raises comes out as
+    it is; Keras would make a `RuntimeError` of most of it.
     """
     specs = [isinstance(leaf, tf.TypeSpec) for leaf in tf.nest.flatten(batch) if leaf is not None]
     dense = [isinstance(leaf, tf.TensorSpec) for leaf in tf.nest.flatten(batch) if leaf is not None]
