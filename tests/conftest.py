@@ -4,10 +4,13 @@ This file imports neither TensorFlow nor Keras: the import rule is tested in a s
 """
 
 import os
+import random
 import signal
 import threading
 
 import hypothesis
+import numpy as np
+import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -24,3 +27,16 @@ def pytest_configure(config):
     # What starts the tests in the background may have Ctrl-C ignored, for them and the processes they start.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _the_same_numbers(request):
+    """What a test has met it meets again, whichever tests went before it.
+
+    Keras draws the seeds of initializers and layers from Python's numbers.
+    """
+    random.seed(0)
+    np.random.seed(0)
+    for value in vars(request.module).values():
+        if isinstance(value, np.random.Generator):
+            value.bit_generator.state = np.random.default_rng(0).bit_generator.state
