@@ -261,12 +261,15 @@ class AtBegin(keras.callbacks.Callback):
         self.found.append(tfloop.fingerprint(self.model))
 
 
-def test_a_trial_says_nothing_when_nothing_is_to_be_shown(monkeypatch, capsys):
+def test_a_trial_says_nothing_when_nothing_is_to_be_shown_and_gives_back_what_compiling_took(monkeypatch, capsys):
     long_run(monkeypatch)
+    given_back = []
+    monkeypatch.setattr(tuner.memory, "give_back", lambda: given_back.append(True))
     x, y = data(24)
     model = fresh()
     model.fit(x, y, batch_size=4, verbose=0)
     assert capsys.readouterr().out == "" and len(model._tfloop_loop.choice["seconds"]) == 3
+    assert given_back == [True]
 
 
 def uncompilable(y_true, y_pred):

@@ -11,8 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from tfloop import names, reproducibility
+from tfloop.loop import memory, tuner
 from tfloop.loop import source as sources
-from tfloop.loop import tuner
 from tfloop.loop.accumulation import accumulated
 from tfloop.loop.batchwise import Batchwise, first_batch
 from tfloop.loop.engine import COMPILED, Runner, untouched
@@ -99,6 +99,7 @@ class Loop:
 
     # Training.
 
+    @memory.kept()
     def fit(
         self,
         x,
@@ -351,6 +352,7 @@ class Loop:
         batched = isinstance(x, tf.data.Dataset | keras.utils.PyDataset) or sources.is_iterable_of_batches(x)
         return sources.make_source(x, y, sample_weight, None if batched else batch_size, steps)
 
+    @memory.kept()
     def evaluate(self, x, y, *, batch_size, verbose, sample_weight, steps, callbacks):
         source = sources.make_source(x, y, sample_weight, batch_size, steps)
         self.build(source, "test")

@@ -12,6 +12,7 @@ import time
 import tensorflow as tf
 
 from tfloop import _keras
+from tfloop.loop import memory
 from tfloop.loop.devices import host_bytes, on_gpu
 from tfloop.loop.feed import flat, nbytes
 
@@ -99,6 +100,7 @@ class Tuner:
             return GRAPH
         trial = Trial(self._runner, program, source, steps, capacity, self._clock)
         choice = trial.choice(tests)
+        memory.give_back()
         if len(choice.seconds) > 1:
             self._found[program, capacity] = dataclasses.replace(choice, why="")
         return choice
