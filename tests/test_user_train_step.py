@@ -815,11 +815,7 @@ def triplets(base):
 
 
 def pairs(base):
-    class Pairs(base):
-        def __init__(self):
-            super().__init__()
-            self.dense = layers.Dense(1, kernel_initializer="ones")
-
+    class Pairs(of_one_layer(base)):
         def call(self, inputs):
             a, b = inputs
             return self.dense(a) - self.dense(2 * b)

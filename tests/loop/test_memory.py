@@ -14,7 +14,9 @@ import pytest
 import tfloop
 from tfloop.loop import memory
 
-pytestmark = pytest.mark.skipif(not hasattr(memory.glibc(), "mallinfo2"), reason="needs glibc 2.33 or later")
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+pytestmark = pytest.mark.skipif(not hasattr(LIBC, "mallinfo2"), reason="needs glibc 2.33 or later")
 
 
 class Mallinfo(ctypes.Structure):
@@ -28,7 +30,7 @@ class Mallinfo(ctypes.Structure):
 
 def is_kept():
     """Whether the memory of a large array, more than is free now, would stay with the process when it is freed."""
-    mallinfo = memory.glibc().mallinfo2
+    mallinfo = LIBC.mallinfo2
     mallinfo.restype = Mallinfo
     before = mallinfo()
     array = np.empty(before.fordblks + 100 * 2**20, np.uint8)
@@ -38,7 +40,8 @@ def is_kept():
 
 
 @pytest.fixture(autouse=True)
-def nobody_chose(monkeypatch):
+def on_a_cpu_where_nobody_chose(monkeypatch):
+    monkeypatch.setattr(memory, "on_gpu", lambda: False)
     for name in memory.VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
@@ -108,6 +111,14 @@ def test_who_chose_is_left_alone(name, monkeypatch):
     monkeypatch.setenv(name, "")
     with memory.kept():
         assert not is_kept()
+    assert memory.allocator() is None  # nor is anything given back
+
+
+def test_nothing_is_kept_for_steps_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(memory, "on_gpu", lambda: True)
+    with memory.kept():
+        assert not is_kept()
+    assert memory.allocator() is None
 
 
 def resident():
@@ -152,7 +163,8 @@ def test_a_compiled_step_finds_its_memory_again():
 
     def faults(**environment):
         command = [sys.executable, "-c", FAULTS]
-        ran = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | environment)
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "-1"} | environment
+        ran = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
         return int(ran.stdout)
 
     usual = faults(MALLOC_MMAP_MAX_="65536")

@@ -6,7 +6,6 @@ the system clears it page by page each time: a third of the time that a small tr
 
 import contextlib
 import ctypes
-import functools
 import os
 import sys
 import threading
@@ -34,12 +33,9 @@ _running = 0  # loops
 
 @contextlib.contextmanager
 def kept():
-    """Freed memory is kept while this is open, in one thread or several.
-
-    Without effect on a GPU, without glibc, and where the environment says how glibc is to allocate.
-    """
+    """Freed memory is kept while this is open, in one thread or several. Does nothing where `allocator` has none."""
     global _running
-    libc = None if on_gpu() or any(name in os.environ for name in VARIABLES) else glibc()
+    libc = allocator()
     if libc is None:
         yield
         return
@@ -62,12 +58,14 @@ def set_options(libc, options):
 
 def give_back():
     """Gives what is free now back to the system: what compiling took, steps do not need."""
-    if (libc := glibc()) is not None:
+    libc = allocator()
+    if libc is not None:
         libc.malloc_trim(0)
 
 
-@functools.cache
-def glibc():
-    """The C library, or `None` if it is another one."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+def allocator():
+    """The C library; `None` on a GPU, if it is not glibc, and where the environment says how glibc is to allocate."""
+    if sys.platform != "linux" or on_gpu() or any(name in os.environ for name in VARIABLES):
+        return None
+    libc = ctypes.CDLL(None)
     return libc if hasattr(libc, "gnu_get_libc_version") else None
